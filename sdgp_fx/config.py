@@ -1,0 +1,138 @@
+"""The settings of the pass, checked, from a backend's options and from the environment."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+PRUNING_FUNCTIONS = ("random", "magnitude", "rescaled_magnitude", "mvue")
+RESCALE_SCOPES = ("group", "feature_map", "channel")
+TARGETS = ("conv",)
+INNER_COMPILERS = ("inductor", "aot_eager")
+MAX_M = 32
+
+_PREFIX = "sdgp."
+
+
+def check_pattern(n: Any, m: Any, prefix: str = "") -> None:
+    """Raise ValueError unless n of m is a pattern: 1 <= n <= m <= 32, m a power of two.
+
+    prefix: written before the option's name in the message.
+    """
+    for name, value in (("n", n), ("m", m)):
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise ValueError(f"{prefix}{name}: expected an int, got {value!r}")
+    if not 1 <= m <= MAX_M or m & (m - 1):
+        raise ValueError(f"{prefix}m: expected a power of two from 1 to {MAX_M}, got {m}")
+    if not 1 <= n <= m:
+        raise ValueError(f"{prefix}n: expected 1 <= n <= {prefix}m = {m}, got {n}")
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raise ValueError unless value is one of choices. name: of the option, for the message."""
+    if not isinstance(value, str) or value not in choices:
+        listed = ", ".join(map(repr, choices))
+        raise ValueError(f"{name}: expected one of {listed}, got {value!r}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SDGPConfig:
+    """What is pruned and how (McDanel et al. 2022, section III-B).
+
+    n, m: of every m consecutive output channels n keep a nonzero gradient;
+        1 <= n <= m <= 32, m a power of two. n = m prunes nothing.
+    prune: "random", "magnitude", "rescaled_magnitude" or "mvue".
+    rescale: "group", "feature_map" or "channel": over what "rescaled_magnitude" keeps the
+        L1 norm. The other functions don't read it.
+    targets: "conv", the kind of layer.
+    include, exclude: glob patterns over module names as `named_modules()` gives them, one
+        string with commas or a sequence of strings. A layer is pruned if a pattern of
+        include matches its name and none of exclude does.
+    inner: "inductor" or "aot_eager", the compiler that gets the rewritten graph.
+
+    Raises ValueError, naming the option, for any other value or type.
+    """
+
+    n: int = 2
+    m: int = 4
+    prune: str = "rescaled_magnitude"
+    rescale: str = "group"
+    targets: str = "conv"
+    include: str | Iterable[str] = ("*",)
+    exclude: str | Iterable[str] = ()
+    inner: str = "inductor"
+
+    def __post_init__(self) -> None:
+        check_pattern(self.n, self.m, _PREFIX)
+        check_choice(f"{_PREFIX}prune", self.prune, PRUNING_FUNCTIONS)
+        check_choice(f"{_PREFIX}rescale", self.rescale, RESCALE_SCOPES)
+        check_choice(f"{_PREFIX}targets", self.targets, TARGETS)
+        check_choice(f"{_PREFIX}inner", self.inner, INNER_COMPILERS)
+        for name in ("include", "exclude"):
+            object.__setattr__(self, name, _globs(f"{_PREFIX}{name}", getattr(self, name)))
+
+    def selects(self, module_name: str) -> bool:
+        """Whether include and exclude let the module of this name be pruned."""
+        return any(fnmatchcase(module_name, glob) for glob in self.include) and not any(
+            fnmatchcase(module_name, glob) for glob in self.exclude
+        )
+
+    @classmethod
+    def from_options(
+        cls,
+        options: Mapping[str, Any] | None = None,
+        environ: Mapping[str, str] | None = None,
+    ) -> tuple[SDGPConfig, dict[str, Any]]:
+        """Read `torch.compile`'s options, and the environment where they are silent.
+
+        options: "sdgp.n" and so on for the fields of this class, other keys for Inductor.
+        environ: os.environ by default; SDGP_N and so on. An empty variable counts as unset.
+
+        Returns the config and the options that are not ours.
+        Raises ValueError for an unknown "sdgp." key or a value that the class refuses.
+        """
+        environ = os.environ if environ is None else environ
+        fields = [field.name for field in dataclasses.fields(cls)]
+        known = [f"{_PREFIX}{name}" for name in fields]
+        options = dict(options or {})
+        ours = {key: options.pop(key) for key in list(options) if str(key).startswith(_PREFIX)}
+        for key in ours:
+            if key not in known:
+                raise ValueError(f"{key}: expected one of {', '.join(known)}, got an unknown name")
+
+        values: dict[str, Any] = {}
+        variables = []
+        for name in fields:
+            variable = f"SDGP_{name.upper()}"
+            if f"{_PREFIX}{name}" in ours:
+                values[name] = ours[f"{_PREFIX}{name}"]
+            elif text := environ.get(variable, ""):
+                values[name] = _integer(variable, text) if name in ("n", "m") else text
+                variables.append(f"{variable}={text}")
+        try:
+            return cls(**values), options
+        except ValueError as error:
+            if not variables:
+                raise
+            raise ValueError(f"{error} (the environment has {', '.join(variables)})") from None
+
+
+def _integer(variable: str, text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"{variable}: expected an int, got {text!r}") from None
+
+
+def _globs(name: str, value: Any) -> tuple[str, ...]:
+    if isinstance(value, str):
+        value = [part.strip() for part in value.split(",") if part.strip()]
+    if not isinstance(value, (list, tuple)) or not all(isinstance(part, str) for part in value):
+        raise ValueError(
+            f"{name}: expected glob patterns, one string with commas or a list of strings, "
+            f"got {value!r}"
+        )
+    return tuple(value)

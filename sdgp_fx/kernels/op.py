@@ -1,0 +1,129 @@
+"""The operator sdgp::prune_nm: schema, checks, implementations, and the call for users."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..config import PRUNING_FUNCTIONS, RESCALE_SCOPES, check_choice, check_pattern
+from . import reference
+
+# Drawing from these needs a seed.
+STOCHASTIC = ("random", "mvue")
+
+
+def supports_dtype(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether gradients of this dtype can be pruned on this device."""
+    if dtype == torch.float64:
+        return device.type == "cpu"
+    return dtype in (torch.float32, torch.bfloat16, torch.float16)
+
+
+@torch.library.custom_op("sdgp::prune_nm", mutates_args=())
+def prune_nm(
+    grad_output: Tensor,
+    seed: Tensor | None,
+    n: int,
+    m: int,
+    prune: str,
+    rescale: str,
+    groups: int,
+) -> Tensor:
+    """Keep n of every m consecutive channels of grad_output (McDanel et al. 2022, III-B).
+
+    grad_output: (N, C, *spatial), C / groups a multiple of m; float32, bfloat16, float16, or
+        float64 on the CPU; any strides. NCHW and channels-last are read in place.
+    seed: one int64 on grad_output's device, for "random" and "mvue"; None for the others.
+        The same seed draws the same numbers on every device and for all strides.
+    groups: of the convolution.
+    Returns a new tensor, shaped and strided as `torch.empty_like(grad_output)`.
+    Raises ValueError where an argument is not as described here and in SDGPConfig.
+    """
+    _check(grad_output, seed, n, m, prune, rescale, groups)
+    return reference.prune_nm(grad_output, seed, n, m, prune, rescale)
+
+
+@prune_nm.register_kernel("cuda")
+def _(
+    grad_output: Tensor,
+    seed: Tensor | None,
+    n: int,
+    m: int,
+    prune: str,
+    rescale: str,
+    groups: int,
+) -> Tensor:
+    from . import triton_prune
+
+    _check(grad_output, seed, n, m, prune, rescale, groups)
+    return triton_prune.prune_nm(grad_output, seed, n, m, prune, rescale)
+
+
+@prune_nm.register_fake
+def _(
+    grad_output: Tensor,
+    seed: Tensor | None,
+    n: int,
+    m: int,
+    prune: str,
+    rescale: str,
+    groups: int,
+) -> Tensor:
+    _check(grad_output, seed, n, m, prune, rescale, groups)
+    return torch.empty_like(grad_output)
+
+
+def prune(
+    grad_output: Tensor,
+    n: int = 2,
+    m: int = 4,
+    *,
+    prune: str = "rescaled_magnitude",
+    rescale: str = "group",
+    groups: int = 1,
+) -> Tensor:
+    """Prune an output gradient n:m along its channels; what the backend puts into the graph.
+
+    The arguments are those of `SDGPConfig` and, for grad_output and groups, of the operator
+    sdgp::prune_nm. "random" and "mvue" draw a seed from torch's default generator for the
+    device, so `torch.manual_seed` makes them repeat.
+
+    >>> prune(torch.tensor([[[1.0], [-4.0], [2.0], [3.0]]])).flatten()
+    tensor([ 0.0000, -5.7143,  0.0000,  4.2857])
+    """
+    check_choice("prune", prune, PRUNING_FUNCTIONS)
+    seed = None
+    if prune in STOCHASTIC:
+        seed = torch.randint(2**63 - 1, (1,), device=grad_output.device)
+    return torch.ops.sdgp.prune_nm(grad_output, seed, n, m, prune, rescale, groups)
+
+
+def _check(
+    grad_output: Tensor,
+    seed: Tensor | None,
+    n: int,
+    m: int,
+    prune: str,
+    rescale: str,
+    groups: int,
+) -> None:
+    check_pattern(n, m)
+    check_choice("prune", prune, PRUNING_FUNCTIONS)
+    check_choice("rescale", rescale, RESCALE_SCOPES)
+    if not supports_dtype(grad_output.dtype, grad_output.device):
+        raise ValueError(
+            "grad_output: expected float32, bfloat16, float16, or float64 on the CPU, "
+            f"got {grad_output.dtype} on {grad_output.device.type}"
+        )
+    if grad_output.dim() < 2:
+        raise ValueError(
+            f"grad_output: expected (N, C, *spatial), got {grad_output.dim()} dimension(s)"
+        )
+    if groups < 1 or grad_output.shape[1] % (groups * m):
+        raise ValueError(
+            "groups: expected a number of convolution groups that leaves each a multiple of "
+            f"m = {m} channels, got {groups} groups of {grad_output.shape[1]} channels"
+        )
+    if prune in STOCHASTIC and (seed is None or seed.dtype != torch.int64 or seed.numel() != 1):
+        got = "None" if seed is None else f"{tuple(seed.shape)} of {seed.dtype}"
+        raise ValueError(f"seed: expected one int64 for prune = {prune!r}, got {got}")

@@ -1,0 +1,157 @@
+"""What n:m pruning is: the definition of every pruning function, in eager PyTorch.
+
+The channels of a gradient (N, C, *spatial) are taken in groups of m neighbours, one group for
+every sample and position; all of the work is done on the view (N, *spatial, C / m, m).
+Sums over a group run from the lowest channel up, in float32 (float64 for float64 gradients),
+so that a kernel that adds in the same order makes the same choices to the last bit.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import operator
+
+import torch
+from torch import Tensor
+
+# Uniform numbers are multiples of 2**-24: exact in float32, and below 1.
+UNIFORM_BITS = 24
+
+
+def prune_nm(
+    grad_output: Tensor, seed: Tensor | None, n: int, m: int, prune: str, rescale: str
+) -> Tensor:
+    """Keep n of every m consecutive channels of grad_output, and set the others to zero.
+
+    grad_output: (N, C, *spatial) with C a multiple of m, floating point, any strides.
+    seed: one int64, for the functions "random" and "mvue".
+    Returns a new tensor with grad_output's shape and dtype, and the strides of
+    `torch.empty_like(grad_output)`.
+    """
+    groups = grad_output.movedim(1, -1).unflatten(-1, (grad_output.shape[1] // m, m))
+    values = groups.to(torch.promote_types(groups.dtype, torch.float32))
+    if prune == "random":
+        result = torch.where(random_keep(values.shape, seed, n), values, 0)
+    elif prune == "magnitude":
+        result = torch.where(magnitude_keep(values, n), values, 0)
+    elif prune == "rescaled_magnitude":
+        result = rescaled_magnitude(values, n, rescale)
+    else:
+        result = mvue(values, uniform(values.shape[:-1], seed), n)
+    pruned = result.to(groups.dtype).flatten(-2).movedim(-1, 1)
+    return torch.empty_like(grad_output).copy_(pruned)
+
+
+def largest(score: Tensor, n: int) -> Tensor:
+    """Mask of the n largest along the last dimension; of equal ones the first is taken."""
+    order = score.argsort(dim=-1, descending=True, stable=True)
+    return torch.zeros_like(score, dtype=torch.bool).scatter_(-1, order[..., :n], True)
+
+
+def magnitude_keep(values: Tensor, n: int) -> Tensor:
+    """The n largest |g| of a group (section III-B). NaN counts as larger than infinity."""
+    return largest(values.abs(), n)
+
+
+def random_keep(shape: torch.Size, seed: Tensor, n: int) -> Tensor:
+    """n of m positions, each set of n as likely as any other (section III-B)."""
+    m = shape[-1]
+    words = [philox(seed, group_index(shape[:-1], seed.device), block) for block in range(-(-m // 4))]
+    scores = torch.stack([word for block in words for word in block], dim=-1)[..., :m]
+    return largest(scores >> 6, n)
+
+
+def rescaled_magnitude(values: Tensor, n: int, rescale: str) -> Tensor:
+    """Magnitude, times sum |g| / sum |kept g| over the rescale scope (section III-B, Fig. 4)."""
+    keep = magnitude_keep(values, n)
+    total, kept = values.abs(), torch.where(keep, values.abs(), 0)
+    if rescale == "group":
+        total, kept = (group_sum(t).unsqueeze(-1) for t in (total, kept))
+    else:
+        spatial = tuple(range(1, values.dim() - 2))
+        scope = spatial if rescale == "feature_map" else (0, *spatial)
+        if scope:
+            total, kept = (t.sum(scope, keepdim=True) for t in (total, kept))
+    return torch.where(keep, values * rescale_factor(total, kept), 0)
+
+
+def rescale_factor(total: Tensor, kept: Tensor) -> Tensor:
+    """total / kept, and 1 wherever that is no finite number: nothing kept, or an overflow."""
+    factor = total / kept
+    return torch.where(factor.isfinite(), factor, 1)
+
+
+def mvue(values: Tensor, uniform: Tensor, n: int) -> Tensor:
+    """Unbiased with minimum variance among those that keep n of m (Chmiel et al. 2023).
+
+    Position i is kept with probability pi_i = min(1, c |g_i|), sum pi = n, and becomes
+    g_i / pi_i, by systematic sampling: one uniform number for a group, and the positions kept
+    where a prefix sum of pi passes uniform + an integer. Those with pi_i = 1 are set apart
+    first, and the prefix sums of the others are integers in units of 2**-24, so that never
+    more than n are kept. For the others g_i / pi_i is the same size, 1 / c = rest / room.
+
+    values: (..., m). uniform: (...) int64, 0 <= uniform < 2**24.
+    A group whose sum |g| is not finite is pruned by magnitude, so that a NaN or an infinity
+    is kept.
+    """
+    size = values.abs()
+    certain = torch.zeros_like(size, dtype=torch.bool)
+    room, rest = torch.full_like(size[..., 0], n), group_sum(size)
+    finite = rest.isfinite()
+    for _ in range(n):
+        certain |= (size > 0) & (room.unsqueeze(-1) * size >= rest.unsqueeze(-1))
+        room, rest = n - group_sum(certain.to(size.dtype)), group_sum(size.masked_fill(certain, 0))
+
+    density = room / rest.masked_fill(rest == 0, 1)
+    keep, before = [], -uniform >> UNIFORM_BITS
+    for prefix in itertools.accumulate(size.masked_fill(certain, 0).unbind(-1)):
+        share = torch.where(prefix == rest, room, torch.minimum(prefix * density, room))
+        share = share.masked_fill(~finite | (rest == 0), 0)
+        passed = ((share * 2**UNIFORM_BITS).long() - uniform) >> UNIFORM_BITS
+        keep.append(passed > before)
+        before = passed
+    keep = torch.stack(keep, dim=-1) & ~certain
+    sampled = torch.where(keep, torch.copysign((rest / room).unsqueeze(-1), values), 0)
+    unbiased = torch.where(certain, values, sampled)
+    by_magnitude = torch.where(magnitude_keep(values, n), values, 0)
+    return torch.where(finite.unsqueeze(-1), unbiased, by_magnitude)
+
+
+def group_sum(values: Tensor) -> Tensor:
+    """Sum over the last dimension, one term after the other."""
+    return functools.reduce(operator.add, values.unbind(-1))
+
+
+def uniform(shape: torch.Size, seed: Tensor) -> Tensor:
+    """One number of 24 random bits for each group."""
+    return philox(seed, group_index(shape, seed.device), 0)[0] >> (32 - UNIFORM_BITS)
+
+
+def group_index(shape: torch.Size, device: torch.device) -> Tensor:
+    """0, 1, 2, ... over the groups (N, *spatial, C / m) of a gradient of any strides."""
+    return torch.arange(shape.numel(), device=device).view(shape)
+
+
+def philox(seed: Tensor, index: Tensor, block: int) -> list[Tensor]:
+    """Four words of 32 random bits for each index, from Philox 4x32-10 (Salmon et al. 2011).
+
+    seed: one int64, the key. The counter is (index mod 2**32, index // 2**32, block, 0).
+    Returns int64 tensors with the shape of index.
+    """
+    low = 0xFFFFFFFF
+    key = [seed.reshape(()) & low, (seed.reshape(()) >> 32) & low]
+    counter = [index & low, index >> 32, torch.full_like(index, block), torch.zeros_like(index)]
+    for _ in range(10):
+        low_0, high_0 = multiply_32(0xD2511F53, counter[0])
+        low_2, high_2 = multiply_32(0xCD9E8D57, counter[2])
+        counter = [high_2 ^ counter[1] ^ key[0], low_2, high_0 ^ counter[3] ^ key[1], low_0]
+        key = [(key[0] + 0x9E3779B9) & low, (key[1] + 0xBB67AE85) & low]
+    return counter
+
+
+def multiply_32(factor: int, words: Tensor) -> tuple[Tensor, Tensor]:
+    """Low and high 32 bits of factor * words; in halves, since int64 holds no 64-bit product."""
+    lower, upper = factor * (words & 0xFFFF), factor * (words >> 16)
+    upper = upper + (lower >> 16)
+    return ((upper & 0xFFFF) << 16) | (lower & 0xFFFF), upper >> 16

@@ -1,0 +1,541 @@
+"""n:m pruning on the GPU.
+
+Each kernel brings the m values of a group into m registers of one thread, chooses with
+minimum/maximum networks (no branches, nothing through shared memory for the group), and
+writes the group back where it came from. Two memory formats are read in place:
+
+- channels last: a group is m neighbours in memory, so a tile is one run of it, in 16-byte
+  accesses, taken apart in registers;
+- NCHW: a group is m planes, so a tile is m runs, one of each plane.
+
+Scope "group" is one launch that reads and writes the gradient once. Scope "feature_map" is one
+launch in which a program reads its feature maps twice, the second time from L2 where they
+fit. Scope "channel" adds a launch that only reads, for the sums.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Values a program holds, for a channels-last tile and for the planes of an NCHW tile: with 4
+# warps 16 a thread, two 16-byte accesses of bfloat16. A group must fit a thread: 128 * m.
+_TILE = 2048
+_WARPS = 4
+_THREADS = 32 * _WARPS
+# Programs that share the sums of scope "channel"; about four for each multiprocessor.
+_SUM_PROGRAMS = 512
+
+
+# Tuples of registers
+
+
+@triton.jit
+def _unzip(x, M: tl.constexpr):
+    """[Q * M] to M tensors [Q]: the i-th of every M neighbours."""
+    if M == 1:
+        return (x,)
+    else:
+        even, odd = tl.split(tl.reshape(x, (x.numel // 2, 2)))
+        evens = _unzip(even, M // 2)
+        odds = _unzip(odd, M // 2)
+        result = ()
+        for i in tl.static_range(M // 2):
+            result = result + (evens[i], odds[i])
+        return result
+
+
+@triton.jit
+def _zip(values, M: tl.constexpr):
+    """M tensors [Q] to [Q * M], the inverse of _unzip."""
+    if M == 1:
+        return values[0]
+    else:
+        evens = ()
+        odds = ()
+        for i in tl.static_range(M // 2):
+            evens = evens + (values[2 * i],)
+            odds = odds + (values[2 * i + 1],)
+        x = tl.join(_zip(evens, M // 2), _zip(odds, M // 2))
+        return tl.reshape(x, (x.numel,))
+
+
+@triton.jit
+def _merge(a, b, M: tl.constexpr):
+    """Two descending tuples of M keys to one of 2 * M (Batcher's odd-even merge)."""
+    if M == 1:
+        return (tl.maximum(a[0], b[0]), tl.minimum(a[0], b[0]))
+    else:
+        a_even = ()
+        a_odd = ()
+        b_even = ()
+        b_odd = ()
+        for i in tl.static_range(M // 2):
+            a_even = a_even + (a[2 * i],)
+            a_odd = a_odd + (a[2 * i + 1],)
+            b_even = b_even + (b[2 * i],)
+            b_odd = b_odd + (b[2 * i + 1],)
+        even = _merge(a_even, b_even, M // 2)
+        odd = _merge(a_odd, b_odd, M // 2)
+        result = (even[0],)
+        for i in tl.static_range(M - 1):
+            result = result + (
+                tl.maximum(odd[i], even[i + 1]),
+                tl.minimum(odd[i], even[i + 1]),
+            )
+        return result + (odd[M - 1],)
+
+
+@triton.jit
+def _sort(keys, M: tl.constexpr):
+    """M keys in descending order."""
+    if M == 1:
+        return keys
+    else:
+        low = ()
+        high = ()
+        for i in tl.static_range(M // 2):
+            low = low + (keys[i],)
+            high = high + (keys[M // 2 + i],)
+        return _merge(_sort(low, M // 2), _sort(high, M // 2), M // 2)
+
+
+@triton.jit
+def _sum(values, M: tl.constexpr):
+    """Sum of M tensors, one after the other."""
+    total = values[0]
+    for i in tl.static_range(1, M):
+        total += values[i]
+    return total
+
+
+@triton.jit
+def _where(masks, values, M: tl.constexpr):
+    """values where masks, else 0, for M pairs."""
+    result = ()
+    for i in tl.static_range(M):
+        result = result + (tl.where(masks[i], values[i], 0.0),)
+    return result
+
+
+# Selection
+
+
+@triton.jit
+def _largest(scores, N: tl.constexpr, M: tl.constexpr):
+    """Masks of the N largest of M scores, nonnegative integers below 2**26 if 32-bit.
+
+    The low five bits are the channel, so that no two keys are equal and the lower channel
+    wins a tie; the compiler drops what the N-th place doesn't need of the sort.
+    """
+    keys = ()
+    for i in tl.static_range(M):
+        keys = keys + ((scores[i] << 5) | (M - 1 - i),)
+    last = _sort(keys, M)[N - 1]
+    result = ()
+    for i in tl.static_range(M):
+        result = result + (keys[i] >= last,)
+    return result
+
+
+@triton.jit
+def _magnitude_keep(values, N: tl.constexpr, M: tl.constexpr):
+    """Masks of the N largest |g|, compared as integers; every NaN is one above infinity."""
+    nan: tl.constexpr = 0x7C01 if values[0].dtype == tl.float16 else 0x7F81
+    scores = ()
+    for i in tl.static_range(M):
+        if values[i].dtype == tl.float32:
+            bits = values[i].to(tl.int32, bitcast=True) & 0x7FFFFFFF
+            scores = scores + (tl.minimum(bits, 0x7F800001).to(tl.int64),)
+        else:
+            bits = values[i].to(tl.int16, bitcast=True).to(tl.int32) & 0x7FFF
+            scores = scores + (tl.minimum(bits, nan),)
+    return _largest(scores, N, M)
+
+
+@triton.jit
+def _random_keep(seed, index, N: tl.constexpr, M: tl.constexpr):
+    """Masks of the N largest of M random words, four of them from each call of Philox."""
+    scores = ()
+    for block in tl.static_range((M + 3) // 4):
+        words = _philox(seed, index, block)
+        for i in tl.static_range(4 if M >= 4 else M):
+            scores = scores + ((words[i] >> 6).to(tl.int32),)
+    return _largest(scores, N, M)
+
+
+@triton.jit
+def _philox(seed, index, BLOCK: tl.constexpr):
+    """Four random words for the 64-bit indices of groups."""
+    low = (index & 0xFFFFFFFF).to(tl.uint32)
+    high = (index >> 32).to(tl.uint32)
+    return tl.philox(seed, low, high, low * 0 + BLOCK, low * 0)
+
+
+# Pruning functions, on M tensors of one value of each group
+
+
+@triton.jit
+def _rescale_factor(total, kept):
+    """total / kept, and 1 where nothing is kept or a sum overflows.
+
+    A GPU's division may give 0 for a divisor above 2**126: the true factor is at least 1.
+    """
+    factor = tl.maximum(total / kept, 1.0)
+    return tl.where((kept > 0.0) & (factor < float("inf")), factor, 1.0)
+
+
+@triton.jit
+def _mvue(values, magnitude_keep, size, uniform, N: tl.constexpr, M: tl.constexpr):
+    """reference.mvue, step by step; size: |g| in float32."""
+    rest = _sum(size, M)
+    finite = rest < float("inf")
+    room = tl.zeros_like(rest) + N
+    certain = ()
+    for i in tl.static_range(M):
+        certain = certain + (size[i] < 0.0,)
+    open_size = size
+    for _ in tl.static_range(N):
+        grown = ()
+        still_open = ()
+        count = tl.zeros_like(rest)
+        for i in tl.static_range(M):
+            is_certain = certain[i] | ((size[i] > 0.0) & (room * size[i] >= rest))
+            grown = grown + (is_certain,)
+            still_open = still_open + (tl.where(is_certain, 0.0, size[i]),)
+            count += tl.where(is_certain, 1.0, 0.0)
+        certain = grown
+        open_size = still_open
+        room = N - count
+        rest = _sum(open_size, M)
+
+    sampling = finite & (rest > 0.0)
+    density = tl.div_rn(room, tl.where(rest > 0.0, rest, 1.0))
+    step = tl.div_rn(rest, tl.maximum(room, 1.0))
+    prefix = tl.zeros_like(rest)
+    before = -uniform >> 24
+    result = ()
+    for i in tl.static_range(M):
+        prefix += open_size[i]
+        share = tl.where(prefix == rest, room, tl.minimum(prefix * density, room))
+        share = tl.where(sampling, share, 0.0)
+        passed = ((share * 16777216.0).to(tl.int32) - uniform) >> 24
+        value = values[i].to(tl.float32)
+        sampled = tl.where(passed > before, tl.where(value < 0.0, -step, step), 0.0)
+        before = passed
+        unbiased = tl.where(certain[i], value, sampled)
+        by_magnitude = tl.where(magnitude_keep[i], value, 0.0)
+        result = result + (tl.where(finite, unbiased, by_magnitude).to(values[i].dtype),)
+    return result
+
+
+@triton.jit
+def _sizes(values, M: tl.constexpr):
+    """|g| in float32."""
+    result = ()
+    for i in tl.static_range(M):
+        result = result + (tl.abs(values[i].to(tl.float32)),)
+    return result
+
+
+@triton.jit
+def _scale(values, factors, M: tl.constexpr):
+    """values * factors in float32, rounded to the values' type."""
+    result = ()
+    for i in tl.static_range(M):
+        scaled = values[i].to(tl.float32) * factors[i]
+        result = result + (scaled.to(values[i].dtype),)
+    return result
+
+
+# Kernels
+
+
+@triton.jit
+def _prune_kernel(
+    x_ptr,
+    out_ptr,
+    seed_ptr,  # "random", "mvue"; else None
+    factor_ptr,  # [channels], scope "channel"; else None
+    size,  # values in channels last, groups in NCHW
+    channels,
+    spatial,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    PRUNE: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    BLOCK: tl.constexpr,  # of size
+):
+    """Everything that needs one group at a time. Grid: (ceil(size / BLOCK),)."""
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    place = tl.arange(0, BLOCK)
+    mask = place < size - start
+    if CHANNELS_LAST:
+        values = _unzip(tl.load(x_ptr + start + place, mask=mask, other=0.0), M)
+        index = start // M + tl.arange(0, BLOCK // M)
+    else:
+        # Group (sample, c) at a position: M values, `spatial` apart.
+        local = (start % spatial).to(tl.int32) + place
+        plane = start // spatial + local // spatial
+        position = local % spatial
+        first = plane * M * spatial + position
+        values = ()
+        for i in tl.static_range(M):
+            values = values + (tl.load(x_ptr + first + i * spatial, mask=mask, other=0.0),)
+        blocks = channels // M
+        index = (plane // blocks * spatial + position) * blocks + plane % blocks
+
+    if PRUNE == "random":
+        result = _where(_random_keep(tl.load(seed_ptr), index, N, M), values, M)
+    else:
+        keep = _magnitude_keep(values, N, M)
+        if PRUNE == "magnitude":
+            result = _where(keep, values, M)
+        else:
+            sizes = _sizes(values, M)
+            if PRUNE == "mvue":
+                words = _philox(tl.load(seed_ptr), index, 0)
+                result = _mvue(values, keep, sizes, (words[0] >> 8).to(tl.int32), N, M)
+            else:
+                factors = ()
+                if factor_ptr is None:
+                    factor = _rescale_factor(_sum(sizes, M), _sum(_where(keep, sizes, M), M))
+                    for _ in tl.static_range(M):
+                        factors = factors + (factor,)
+                elif CHANNELS_LAST:
+                    channel = ((start % channels).to(tl.int32) + place) % channels
+                    factors = _unzip(tl.load(factor_ptr + channel), M)
+                else:
+                    for i in tl.static_range(M):
+                        channel = plane % blocks * M + i
+                        factors = factors + (tl.load(factor_ptr + channel),)
+                result = _where(keep, _scale(values, factors, M), M)
+
+    if CHANNELS_LAST:
+        tl.store(out_ptr + start + place, _zip(result, M), mask=mask)
+    else:
+        for i in tl.static_range(M):
+            tl.store(out_ptr + first + i * spatial, result[i], mask=mask)
+
+
+@triton.jit
+def _tile(
+    row,
+    first_channel,
+    channels,
+    spatial,
+    M: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Offsets in a sample of ROWS positions from row on and COLUMNS channels, and which exist."""
+    if CHANNELS_LAST:
+        place = tl.arange(0, ROWS * COLUMNS)
+        position = row + place // COLUMNS
+        channel = first_channel + place % COLUMNS
+        return position.to(tl.int64) * channels + channel, (position < spatial) & (channel < channels)
+    else:
+        position = row + tl.arange(0, ROWS)
+        return first_channel.to(tl.int64) * spatial + position, position < spatial
+
+
+@triton.jit
+def _load_tile(x_ptr, offsets, mask, spatial, M: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+    """A tile [ROWS * COLUMNS], the channels of a position side by side."""
+    if CHANNELS_LAST:
+        return tl.load(x_ptr + offsets, mask=mask, other=0.0)
+    else:
+        values = ()
+        for i in tl.static_range(M):
+            values = values + (tl.load(x_ptr + offsets + i * spatial, mask=mask, other=0.0),)
+        return _zip(values, M)
+
+
+@triton.jit
+def _scope_sums(
+    x_ptr,
+    begin,
+    end,
+    first_channel,
+    channels,
+    spatial,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """sum |g| and sum |kept g| of COLUMNS channels over the positions begin to end of a sample."""
+    total = tl.zeros((ROWS * COLUMNS,), tl.float32)
+    kept = tl.zeros((ROWS * COLUMNS,), tl.float32)
+    for row in range(begin, end, ROWS):
+        offsets, mask = _tile(
+            row, first_channel, channels, spatial, M, CHANNELS_LAST, ROWS, COLUMNS
+        )
+        x = _load_tile(x_ptr, offsets, mask, spatial, M, CHANNELS_LAST)
+        values = _unzip(x, M)
+        keep = _magnitude_keep(values, N, M)
+        total += tl.abs(x.to(tl.float32))
+        kept += _zip(_where(keep, _sizes(values, M), M), M)
+    total = tl.sum(tl.reshape(total, (ROWS, COLUMNS)), axis=0)
+    kept = tl.sum(tl.reshape(kept, (ROWS, COLUMNS)), axis=0)
+    return total, kept
+
+
+@triton.jit
+def _feature_map_kernel(
+    x_ptr,
+    out_ptr,
+    channels,
+    spatial,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Rescaled magnitude, scope "feature_map". Grid: (samples, ceil(channels / COLUMNS))."""
+    sample = tl.program_id(0).to(tl.int64) * channels * spatial
+    first_channel = tl.program_id(1) * COLUMNS
+    total, kept = _scope_sums(
+        x_ptr + sample, 0, spatial, first_channel, channels, spatial,
+        N, M, CHANNELS_LAST, ROWS, COLUMNS,
+    )  # fmt: skip
+    factor = tl.broadcast_to(_rescale_factor(total, kept)[None, :], (ROWS, COLUMNS))
+    factors = _unzip(tl.reshape(factor, (ROWS * COLUMNS,)), M)
+    for row in range(0, spatial, ROWS):
+        offsets, mask = _tile(
+            row, first_channel, channels, spatial, M, CHANNELS_LAST, ROWS, COLUMNS
+        )
+        values = _unzip(_load_tile(x_ptr + sample, offsets, mask, spatial, M, CHANNELS_LAST), M)
+        keep = _magnitude_keep(values, N, M)
+        result = _where(keep, _scale(values, factors, M), M)
+        if CHANNELS_LAST:
+            tl.store(out_ptr + sample + offsets, _zip(result, M), mask=mask)
+        else:
+            for i in tl.static_range(M):
+                tl.store(out_ptr + sample + offsets + i * spatial, result[i], mask=mask)
+
+
+@triton.jit
+def _channel_sums_kernel(
+    x_ptr,
+    sums_ptr,  # [programs along axis 0, 2, channels] float32
+    channels,
+    spatial,
+    chunk,  # positions for a program
+    N: tl.constexpr,
+    M: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Parts of the sums of scope "channel".
+
+    Grid: (samples * ceil(spatial / chunk), ceil(channels / COLUMNS)).
+    """
+    part = tl.program_id(0).to(tl.int64)
+    chunks = tl.cdiv(spatial, chunk)
+    sample = part // chunks * channels * spatial
+    begin = (part % chunks).to(tl.int32) * chunk
+    end = tl.minimum(begin + chunk, spatial)
+    first_channel = tl.program_id(1) * COLUMNS
+    total, kept = _scope_sums(
+        x_ptr + sample, begin, end, first_channel, channels, spatial,
+        N, M, CHANNELS_LAST, ROWS, COLUMNS,
+    )  # fmt: skip
+    channel = first_channel + tl.arange(0, COLUMNS)
+    row = sums_ptr + part * 2 * channels
+    tl.store(row + channel, total, mask=channel < channels)
+    tl.store(row + channels + channel, kept, mask=channel < channels)
+
+
+# Launchers
+
+
+def prune_nm(
+    grad_output: Tensor, seed: Tensor | None, n: int, m: int, prune: str, rescale: str
+) -> Tensor:
+    """As reference.prune_nm, for float32, bfloat16 and float16 on a GPU.
+
+    Gradients that are neither channels last nor contiguous are copied once before and after.
+    """
+    out = torch.empty_like(grad_output)
+    if grad_output.numel() == 0:
+        return out
+    channels_last = grad_output.movedim(1, -1).is_contiguous()
+    if channels_last or grad_output.is_contiguous():
+        _prune_dense(grad_output, out, seed, n, m, prune, rescale, channels_last)
+    else:
+        dense = grad_output.contiguous()
+        pruned = torch.empty_like(dense)
+        _prune_dense(dense, pruned, seed, n, m, prune, rescale, channels_last=False)
+        out.copy_(pruned)
+    return out
+
+
+def _prune_dense(
+    x: Tensor,
+    out: Tensor,
+    seed: Tensor | None,
+    n: int,
+    m: int,
+    prune: str,
+    rescale: str,
+    channels_last: bool,
+) -> None:
+    samples, channels = x.shape[:2]
+    spatial = x.numel() // (samples * channels)
+    scope = rescale if prune == "rescaled_magnitude" else "group"
+    # Fused multiply-adds would round otherwise than the reference, and choose otherwise.
+    launch = {"num_warps": _WARPS, "enable_fp_fusion": False}
+    with torch.cuda.device_of(x):
+        if scope == "feature_map":
+            rows, columns = scope_tile(m, channels, channels_last)
+            _feature_map_kernel[(samples, triton.cdiv(channels, columns))](
+                x, out, channels, spatial, n, m, channels_last, rows, columns, **launch
+            )
+            return
+        factor = None
+        if scope == "channel":
+            factor = _channel_factor(x, n, m, channels, spatial, channels_last, launch)
+        size = x.numel() if channels_last else x.numel() // m
+        block = group_block(m, channels_last)
+        _prune_kernel[(triton.cdiv(size, block),)](
+            x, out, seed, factor, size, channels, spatial,
+            n, m, prune, channels_last, block, **launch,
+        )  # fmt: skip
+
+
+def _channel_factor(
+    x: Tensor, n: int, m: int, channels: int, spatial: int, channels_last: bool, launch: dict
+) -> Tensor:
+    """The factors [channels] of scope "channel", float32."""
+    rows, columns = scope_tile(m, channels, channels_last)
+    samples, column_programs = x.shape[0], triton.cdiv(channels, columns)
+    chunks = triton.cdiv(_SUM_PROGRAMS, samples * column_programs)
+    chunk = rows * triton.cdiv(triton.cdiv(spatial, rows), chunks)
+    parts = samples * triton.cdiv(spatial, chunk)
+    sums = x.new_empty((parts, 2, channels), dtype=torch.float32)
+    _channel_sums_kernel[(parts, column_programs)](
+        x, sums, channels, spatial, chunk, n, m, channels_last, rows, columns, **launch
+    )
+    total, kept = sums.sum(0)
+    factor = total / kept
+    return torch.where(factor.isfinite(), factor, 1).clamp(min=1)
+
+
+def group_block(m: int, channels_last: bool) -> int:
+    """BLOCK of the kernel for one group at a time: values in channels last, groups in NCHW."""
+    if channels_last:
+        return max(_TILE, _THREADS * m)
+    return max(_THREADS, min(1024, 2 * _TILE // m))
+
+
+def scope_tile(m: int, channels: int, channels_last: bool) -> tuple[int, int]:
+    """ROWS and COLUMNS of a tile of the kernels for larger scopes."""
+    columns = max(m, min(64, triton.next_power_of_2(channels))) if channels_last else m
+    return max(_TILE, _THREADS * m) // columns, columns
