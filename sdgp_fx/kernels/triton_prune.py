@@ -125,10 +125,10 @@ def _where(masks, values, M: tl.constexpr):
 
 @triton.jit
 def _largest(scores, N: tl.constexpr, M: tl.constexpr):
-    """Masks of the N largest of M scores, nonnegative integers below 2**26 if 32-bit.
+    """Masks of the N largest of M integers in [0, 2**26); of equal ones the first is taken.
 
-    The low five bits are the channel, so that no two keys are equal and the lower channel
-    wins a tie; the compiler drops what the N-th place doesn't need of the sort.
+    The low five bits of a key are the channel, so no two are equal. The compiler drops what
+    the N-th place doesn't need of the sort.
     """
     keys = ()
     for i in tl.static_range(M):
@@ -141,18 +141,35 @@ def _largest(scores, N: tl.constexpr, M: tl.constexpr):
 
 
 @triton.jit
+def _largest_wide(scores, N: tl.constexpr, M: tl.constexpr):
+    """As _largest, for integers in [0, 2**31), which leave no room for the channel in 32 bits."""
+    last = _sort(scores, M)[N - 1]
+    room = tl.zeros_like(last) + N
+    for i in tl.static_range(M):
+        room -= (scores[i] > last).to(tl.int32)
+    result = ()
+    for i in tl.static_range(M):
+        equal = scores[i] == last
+        result = result + ((scores[i] > last) | (equal & (room > 0)),)
+        room -= equal.to(tl.int32)
+    return result
+
+
+@triton.jit
 def _magnitude_keep(values, N: tl.constexpr, M: tl.constexpr):
     """Masks of the N largest |g|, compared as integers; every NaN is one above infinity."""
-    nan: tl.constexpr = 0x7C01 if values[0].dtype == tl.float16 else 0x7F81
     scores = ()
-    for i in tl.static_range(M):
-        if values[i].dtype == tl.float32:
+    if values[0].dtype == tl.float32:
+        for i in tl.static_range(M):
             bits = values[i].to(tl.int32, bitcast=True) & 0x7FFFFFFF
-            scores = scores + (tl.minimum(bits, 0x7F800001).to(tl.int64),)
-        else:
+            scores = scores + (tl.minimum(bits, 0x7F800001),)
+        return _largest_wide(scores, N, M)
+    else:
+        nan: tl.constexpr = 0x7C01 if values[0].dtype == tl.float16 else 0x7F81
+        for i in tl.static_range(M):
             bits = values[i].to(tl.int16, bitcast=True).to(tl.int32) & 0x7FFF
             scores = scores + (tl.minimum(bits, nan),)
-    return _largest(scores, N, M)
+        return _largest(scores, N, M)
 
 
 @triton.jit
