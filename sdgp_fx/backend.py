@@ -1,0 +1,150 @@
+"""The torch.compile backend "sdgp": the pass on the joint graph, Inductor or aot_eager inside."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.backends.debugging import boxed_nop
+from torch._dynamo.exc import ShortenTraceback
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+
+from .config import SDGPConfig
+from .passes.prune_input_grads import Decision, prune_input_grads
+
+log = logging.getLogger(__name__)
+
+# All of the package: the pass, the operator's fake kernel and its lowering all decide what code
+# is generated, and a cached graph from other sources must not be served.
+_SOURCES = tuple(str(path) for path in sorted(Path(__file__).parent.rglob("*.py")))
+
+
+class InvalidOption(ValueError, ShortenTraceback):
+    """A ValueError that Dynamo (torch 2.11 to 2.15) passes on as it is.
+
+    Any exception of a backend but a ShortenTraceback reaches the user as a
+    BackendCompilerFailed, which is no ValueError.
+    """
+
+    def __init__(self, message: str) -> None:
+        ShortenTraceback.__init__(self, message, first_useful_frame=None)
+
+
+class PruneInputGrads(CustomGraphPass):
+    """The pass as Inductor takes it, with what belongs into the key of its caches.
+
+    before: passes that the user has put into the same place; they run first.
+    """
+
+    def __init__(self, config: SDGPConfig, before: Sequence[Callable[[fx.Graph], Any]] = ()) -> None:
+        self.config = config
+        self.before = tuple(before)
+
+    def __call__(self, graph: fx.Graph) -> None:
+        for other in self.before:
+            other(graph)
+        _report(graph, prune_input_grads(graph, self.config))
+
+    def uuid(self) -> Any | None:
+        others = [p.uuid() if isinstance(p, CustomGraphPass) else None for p in self.before]
+        if None in others:
+            return None  # Inductor then compiles without its caches.
+        return (get_hash_for_files(_SOURCES, repr(self.config)), *others)
+
+
+def sdgp(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+    name: str | None = None,
+) -> Callable[..., Any]:
+    """The backend: what `torch.compile(model, backend="sdgp", mode=..., options=...)` calls.
+
+    options: "sdgp." keys as in `SDGPConfig`, other keys for Inductor.
+    mode, name: Inductor's, as with `backend="inductor"`.
+    Raises ValueError for an option of ours that is unknown or has a bad value, before anything
+    is compiled; Inductor raises its own errors for its options.
+    """
+    try:
+        config, inductor_options = SDGPConfig.from_options(options)
+    except ValueError as error:
+        raise InvalidOption(str(error)) from None
+    if config.inner == "inductor":
+        return _inductor(gm, example_inputs, config, mode, inductor_options, name)
+    ignored = [f"mode={mode!r}"] if mode else []
+    ignored += [f"{key}={value!r}" for key, value in inductor_options.items()]
+    if ignored:
+        warnings.warn(f"sdgp.inner='aot_eager' ignores {', '.join(ignored)}", stacklevel=2)
+    return _aot_eager(gm, example_inputs, config)
+
+
+def _inductor(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    config: SDGPConfig,
+    mode: str | None,
+    options: dict[str, Any],
+    name: str | None,
+) -> Callable[..., Any]:
+    import torch._inductor.config as inductor_config
+
+    before = options.pop("joint_custom_pre_pass", inductor_config.joint_custom_pre_pass) or ()
+    if not isinstance(before, (list, tuple)):
+        before = (before,)
+    options["joint_custom_pre_pass"] = PruneInputGrads(config, before)
+    # The class behind backend="inductor" (torch 2.11 to 2.15), so that modes, option names,
+    # their types and errors are Inductor's own. torch 2.15 has the argument name.
+    named = {} if name is None else {"name": name}
+    compile_graph = torch._TorchCompileInductorWrapper(mode, options, None, **named)
+    return compile_graph(gm, example_inputs)
+
+
+def _aot_eager(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], config: SDGPConfig
+) -> Callable[..., Any]:
+    """AOTAutograd as the stock backend "aot_eager" sets it up, with the pass before the split."""
+    rewrite = PruneInputGrads(config)
+
+    def partition(joint: fx.GraphModule, inputs: Any, **kwargs: Any) -> Any:
+        rewrite(joint.graph)
+        joint.recompile()
+        return min_cut_rematerialization_partition(joint, inputs, **kwargs)
+
+    def compile_inference(graph: fx.GraphModule, inputs: Any) -> Any:
+        rewrite(graph.graph)
+        graph.recompile()
+        return boxed_nop(graph, inputs)
+
+    compile_graph = aot_autograd(
+        fw_compiler=boxed_nop,
+        bw_compiler=boxed_nop,
+        inference_compiler=compile_inference,
+        partition_fn=partition,
+        keep_inference_input_mutations=True,
+    )
+    return compile_graph(gm, example_inputs)
+
+
+def _report(graph: fx.Graph, decisions: list[Decision]) -> None:
+    """Log the decisions; warn if this is a training graph and nothing in it is pruned."""
+    for decision in decisions:
+        log.info("%s", decision)
+    # AOTAutograd (torch 2.11 to 2.15) names the incoming gradients of a joint graph tangents_*.
+    training = any(n.target.startswith("tangents") for n in graph.find_nodes(op="placeholder"))
+    if training and not any(decision.pruned for decision in decisions):
+        reasons = Counter(decision.reason for decision in decisions)
+        why = ", ".join(f"{count} x {reason}" for reason, count in reasons.items())
+        warnings.warn(
+            f"sdgp pruned nothing in a training graph: {why or 'it has no convolution'}",
+            stacklevel=2,
+        )
