@@ -32,9 +32,9 @@ def prune_nm(
     groups = grad_output.movedim(1, -1).unflatten(-1, (grad_output.shape[1] // m, m))
     values = groups.to(torch.promote_types(groups.dtype, torch.float32))
     if prune == "random":
-        result = torch.where(random_keep(values.shape, seed, n), values, 0)
+        result = torch.where(random_keep(groups.shape, seed, n), groups, 0)
     elif prune == "magnitude":
-        result = torch.where(magnitude_keep(values, n), values, 0)
+        result = torch.where(magnitude_keep(groups, n), groups, 0)
     elif prune == "rescaled_magnitude":
         result = rescaled_magnitude(values, n, rescale)
     else:

@@ -1,0 +1,39 @@
+"""Shared by all tests: how Triton runs here, and a clean compiler for every test."""
+
+import os
+
+import pytest
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    # Must be set before triton is imported for the first time.
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "gpu" in item.keywords and not HAS_GPU:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _clean_compiler():
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def nan_filled_empty():
+    """Memory from torch.empty is NaN, so that an element nobody wrote shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def device():
+    """Where the Triton kernels run: a GPU, or Triton's interpreter on CPU tensors."""
+    return torch.device("cuda" if HAS_GPU else "cpu")

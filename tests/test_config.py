@@ -1,0 +1,113 @@
+import dataclasses
+
+import pytest
+
+from sdgp_fx import SDGPConfig
+
+
+def test_defaults_are_those_of_the_paper():
+    config = SDGPConfig()
+    assert (config.n, config.m) == (2, 4)
+    assert (config.prune, config.rescale) == ("rescaled_magnitude", "group")
+    assert (config.targets, config.inner) == ("conv", "inductor")
+    assert (config.include, config.exclude) == (("*",), ())
+
+
+def test_frozen_and_keyword_only():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        SDGPConfig().n = 1
+    with pytest.raises(TypeError):
+        SDGPConfig(1, 2)
+
+
+@pytest.mark.parametrize(("n", "m"), [(1, 1), (1, 2), (2, 4), (4, 4), (3, 8), (16, 16), (32, 32)])
+def test_valid_patterns(n, m):
+    assert SDGPConfig(n=n, m=m).m == m
+
+
+@pytest.mark.parametrize(
+    ("options", "name", "expected", "got"),
+    [
+        ({"sdgp.n": 0}, "sdgp.n", "1 <= n <= sdgp.m = 4", "got 0"),
+        ({"sdgp.n": 5}, "sdgp.n", "1 <= n <= sdgp.m = 4", "got 5"),
+        ({"sdgp.n": -1}, "sdgp.n", "1 <= n", "got -1"),
+        ({"sdgp.n": True}, "sdgp.n", "an int", "got True"),
+        ({"sdgp.n": 2.0}, "sdgp.n", "an int", "got 2.0"),
+        ({"sdgp.n": "2"}, "sdgp.n", "an int", "got '2'"),
+        ({"sdgp.m": None}, "sdgp.m", "an int", "got None"),
+        ({"sdgp.m": 6}, "sdgp.m", "power of two", "got 6"),
+        ({"sdgp.m": 64}, "sdgp.m", "power of two from 1 to 32", "got 64"),
+        ({"sdgp.m": 0}, "sdgp.m", "power of two", "got 0"),
+        ({"sdgp.prune": "topk"}, "sdgp.prune", "'random', 'magnitude'", "got 'topk'"),
+        ({"sdgp.prune": 3}, "sdgp.prune", "'mvue'", "got 3"),
+        ({"sdgp.rescale": "layer"}, "sdgp.rescale", "'group', 'feature_map'", "got 'layer'"),
+        ({"sdgp.targets": "attention"}, "sdgp.targets", "'conv'", "got 'attention'"),
+        ({"sdgp.inner": "eager"}, "sdgp.inner", "'inductor', 'aot_eager'", "got 'eager'"),
+        ({"sdgp.exclude": 7}, "sdgp.exclude", "glob patterns", "got 7"),
+        ({"sdgp.include": ["a", 1]}, "sdgp.include", "glob patterns", "got ['a', 1]"),
+        ({"sdgp.N": 2}, "sdgp.N", "sdgp.n, sdgp.m", "unknown name"),
+    ],
+)
+def test_errors_name_option_expectation_and_value(options, name, expected, got):
+    with pytest.raises(ValueError, match="^sdgp") as error:
+        SDGPConfig.from_options(options, environ={})
+    message = str(error.value)
+    assert message.startswith(f"{name}: ")
+    assert expected in message
+    assert got in message
+
+
+def test_other_options_are_handed_on():
+    config, rest = SDGPConfig.from_options({"sdgp.m": 8, "max_autotune": True}, environ={})
+    assert config.m == 8
+    assert rest == {"max_autotune": True}
+
+
+def test_the_callers_options_are_not_changed():
+    options = {"sdgp.m": 8, "max_autotune": True}
+    SDGPConfig.from_options(options, environ={})
+    assert options == {"sdgp.m": 8, "max_autotune": True}
+
+
+def test_environment_fills_in_and_options_win():
+    environ = {"SDGP_N": "1", "SDGP_M": "8", "SDGP_PRUNE": "mvue", "SDGP_EXCLUDE": "stem.*, head"}
+    config, _ = SDGPConfig.from_options({"sdgp.n": 3}, environ)
+    assert config == SDGPConfig(n=3, m=8, prune="mvue", exclude=("stem.*", "head"))
+
+
+def test_environment_is_read_by_default(monkeypatch):
+    monkeypatch.setenv("SDGP_INNER", "aot_eager")
+    assert SDGPConfig.from_options()[0].inner == "aot_eager"
+
+
+def test_empty_variable_counts_as_unset():
+    assert SDGPConfig.from_options(environ={"SDGP_N": ""})[0].n == 2
+
+
+@pytest.mark.parametrize(
+    ("environ", "words"),
+    [
+        ({"SDGP_N": "two"}, ["SDGP_N", "an int", "'two'"]),
+        ({"SDGP_N": "9"}, ["sdgp.n", "got 9", "SDGP_N=9"]),
+        ({"SDGP_PRUNE": "best"}, ["sdgp.prune", "'best'", "SDGP_PRUNE=best"]),
+    ],
+)
+def test_environment_errors_name_the_variable(environ, words):
+    with pytest.raises(ValueError, match="expected") as error:
+        SDGPConfig.from_options(environ=environ)
+    assert all(word in str(error.value) for word in words)
+
+
+def test_include_and_exclude_are_globs():
+    config = SDGPConfig(include="layer*,stem", exclude=["layer4.*", "*.downsample.?"])
+    assert config.selects("stem")
+    assert config.selects("layer1.0.conv1")
+    assert not config.selects("head")
+    assert not config.selects("layer4.0.conv1")
+    assert not config.selects("layer2.0.downsample.0")
+
+
+def test_repr_tells_configs_apart():
+    """The key of Inductor's caches is made of it."""
+    assert repr(SDGPConfig()) != repr(SDGPConfig(n=1))
+    assert repr(SDGPConfig(exclude="a")) == repr(SDGPConfig(exclude=("a",)))

@@ -1,0 +1,151 @@
+"""The operator sdgp::prune_nm and the function for users."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import sdgp_fx
+from sdgp_fx.kernels import op, reference
+
+FUNCTIONS = ["random", "magnitude", "rescaled_magnitude", "mvue"]
+SEED = torch.tensor([42])
+
+
+def prune_nm(x, n=2, m=4, prune="magnitude", rescale="group", groups=1, seed=SEED):
+    return op.prune_nm(x, seed, n, m, prune, rescale, groups)
+
+
+def layouts(shape):
+    """The same numbers in several layouts: contiguous, channels last, transposed, with gaps."""
+    x = torch.randn(shape)
+    yield "contiguous", x
+    yield "channels_last", x.movedim(1, -1).contiguous().movedim(-1, 1)
+    yield "batch_inside", x.movedim(0, -1).contiguous().movedim(-1, 0)
+    yield "gaps", torch.stack([x, x], -1)[..., 0]
+    yield "expanded", x[:1].expand(shape)
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 5), (2, 8, 3, 5), (2, 8, 2, 3, 2)])
+@pytest.mark.parametrize("prune", FUNCTIONS)
+def test_opcheck(shape, prune):
+    for _, x in layouts(shape):
+        torch.library.opcheck(torch.ops.sdgp.prune_nm, (x, SEED, 2, 4, prune, "group", 2))
+
+
+@pytest.mark.parametrize("rescale", ["feature_map", "channel"])
+def test_opcheck_of_the_wider_scopes(rescale):
+    for _, x in layouts((2, 8, 3, 5)):
+        arguments = (x, None, 2, 4, "rescaled_magnitude", rescale, 1)
+        torch.library.opcheck(torch.ops.sdgp.prune_nm, arguments)
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 5), (2, 8, 3, 5), (2, 8, 2, 3, 2)])
+def test_result_does_not_depend_on_the_layout(shape, nan_filled_empty):
+    for name, x in layouts(shape):
+        expected = prune_nm(x.contiguous(), prune="rescaled_magnitude")
+        pruned = prune_nm(x, prune="rescaled_magnitude")
+        assert torch.equal(pruned, expected), name
+        assert pruned.stride() == torch.empty_like(x).stride(), name
+
+
+def test_dense_strides_are_kept():
+    for name, x in layouts((2, 8, 3, 5)):
+        if name in ("contiguous", "channels_last", "batch_inside"):
+            assert prune_nm(x).stride() == x.stride()
+
+
+def test_fake_has_the_shape_dtype_and_strides_of_the_real_thing():
+    for _, x in layouts((2, 8, 3, 5)):
+        with FakeTensorMode() as mode:
+            fake = prune_nm(mode.from_tensor(x).bfloat16(), seed=None)
+        real = prune_nm(x.bfloat16())
+        assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())
+
+
+@pytest.mark.parametrize("shape", [(0, 8, 3, 5), (2, 8, 0, 5), (2, 0, 3, 5)])
+@pytest.mark.parametrize("prune", FUNCTIONS)
+def test_zero_sized(shape, prune):
+    assert prune_nm(torch.empty(shape), prune=prune).shape == shape
+
+
+@pytest.mark.parametrize("prune", FUNCTIONS)
+@pytest.mark.parametrize("m", [1, 2, 4, 8, 16, 32])
+def test_n_equal_m_returns_a_copy_of_the_values(prune, m):
+    x = torch.randn(2, 32, 3)
+    pruned = prune_nm(x, m, m, prune)
+    assert torch.equal(pruned, x)
+    assert pruned.data_ptr() != x.data_ptr()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("prune", FUNCTIONS)
+@pytest.mark.parametrize(("n", "m"), [(1, 2), (3, 4), (2, 8), (5, 16), (16, 32)])
+def test_at_most_n_of_m_in_every_dtype(dtype, prune, n, m):
+    x = torch.randn(2, 32, 3, 3).to(dtype)
+    pruned = prune_nm(x, n, m, prune)
+    assert pruned.dtype == dtype
+    kept = (pruned != 0).unflatten(1, (32 // m, m)).sum(2)
+    assert (kept == n).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"n": 5}, "n: expected 1 <= n <= m = 4, got 5"),
+        ({"m": 3}, "m: expected a power of two from 1 to 32, got 3"),
+        ({"prune": "best"}, "prune: expected one of"),
+        ({"rescale": "layer"}, "rescale: expected one of"),
+        ({"groups": 4}, "groups: expected .* a multiple of m = 4 .* 4 groups of 8 channels"),
+        ({"groups": 0}, "groups: expected"),
+        ({"prune": "mvue", "seed": None}, "seed: expected one int64 .* got None"),
+        ({"prune": "random", "seed": torch.tensor([1, 2])}, r"seed: expected one int64 .* \(2,\)"),
+        ({"prune": "random", "seed": torch.tensor([1.0])}, "seed: .* torch.float32"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments, words):
+    x = torch.randn(2, 8, 3, 3)
+    with pytest.raises(ValueError, match=words):
+        prune_nm(x, **arguments)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, pytest.raises(ValueError, match=words):
+        prune_nm(mode.from_tensor(x), **arguments)
+
+
+def test_bad_gradients_are_refused():
+    with pytest.raises(ValueError, match=r"grad_output: expected float32.* got torch.int64 on cpu"):
+        prune_nm(torch.ones(1, 4, 2, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"grad_output: expected \(N, C, \*spatial\), got 1"):
+        prune_nm(torch.ones(4))
+    with pytest.raises(ValueError, match="torch.float64 on cuda"), FakeTensorMode():
+        prune_nm(torch.ones(1, 4, 2, dtype=torch.float64, device="cuda"), seed=None)
+
+
+def test_public_function_is_the_operator():
+    x = torch.randn(2, 8, 3, 3)
+    expected = reference.prune_nm(x, None, 1, 4, "rescaled_magnitude", "channel")
+    assert torch.equal(sdgp_fx.prune(x, 1, 4, rescale="channel"), expected)
+    with pytest.raises(ValueError, match="prune: expected one of"):
+        sdgp_fx.prune(x, prune="best")
+
+
+@pytest.mark.parametrize("prune", ["random", "mvue"])
+def test_public_function_follows_manual_seed(prune):
+    x = torch.randn(2, 8, 9, 9)
+    torch.manual_seed(7)
+    first, second = sdgp_fx.prune(x, prune=prune), sdgp_fx.prune(x, prune=prune)
+    torch.manual_seed(7)
+    assert torch.equal(sdgp_fx.prune(x, prune=prune), first)
+    assert not torch.equal(first, second)
+
+
+def test_the_others_leave_the_random_state_alone():
+    state = torch.get_rng_state()
+    sdgp_fx.prune(torch.randn(2, 8, 3, generator=torch.Generator().manual_seed(0)))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("prune", FUNCTIONS)
+def test_opcheck_on_the_gpu(prune):
+    for _, x in layouts((2, 8, 3, 5)):
+        arguments = (x.cuda(), SEED.cuda(), 2, 4, prune, "group", 1)
+        torch.library.opcheck(torch.ops.sdgp.prune_nm, arguments)
