@@ -1,0 +1,114 @@
+"""Compile the Triton kernels for a GPU that need not be there; print what came out as JSON.
+
+python -m tests.compile_kernels, without TRITON_INTERPRET: one object for each kernel, with the
+bytes of its global accesses in the PTX, and its local memory and registers from the machine code.
+"""
+
+import json
+import re
+import subprocess
+import tempfile
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from sdgp_fx.kernels import triton_prune
+
+CHANNELS = 256
+
+
+def compile_kernel(kernel, arguments, constants, capability):
+    """arguments: name -> Triton type; pointers and sizes are taken as multiples of 16."""
+    signature = {name: arguments.get(name, "constexpr") for name in kernel.arg_names}
+    aligned = {
+        (kernel.arg_names.index(name),): [["tt.divisibility", 16]]
+        for name in arguments
+        if name != "seed_ptr"
+    }
+    return triton.compile(
+        ASTSource(kernel, signature, constants, aligned),
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": triton_prune._WARPS, "enable_fp_fusion": False},
+    )
+
+
+def prune_kernel(dtype, n, m, prune, channels_last, capability, scope="group"):
+    arguments = {"x_ptr": f"*{dtype}", "out_ptr": f"*{dtype}"}
+    arguments |= {"size": "i32", "channels": "i32", "spatial": "i32"}
+    constants = {"N": n, "M": m, "PRUNE": prune, "CHANNELS_LAST": channels_last}
+    constants |= {"BLOCK": triton_prune.group_block(m, channels_last)}
+    for name, kind, used in (
+        ("seed_ptr", "*i64", prune in ("random", "mvue")),
+        ("factor_ptr", "*fp32", scope == "channel"),
+    ):
+        if used:
+            arguments[name] = kind
+        else:
+            constants[name] = None
+    return compile_kernel(triton_prune._prune_kernel, arguments, constants, capability)
+
+
+def scope_kernel(kernel, dtype, n, m, channels_last, capability):
+    arguments = {"x_ptr": f"*{dtype}", "channels": "i32", "spatial": "i32"}
+    if kernel is triton_prune._feature_map_kernel:
+        arguments["out_ptr"] = f"*{dtype}"
+    else:
+        arguments |= {"sums_ptr": "*fp32", "chunk": "i32"}
+    rows, columns = triton_prune.scope_tile(m, CHANNELS, channels_last)
+    constants = {"N": n, "M": m, "CHANNELS_LAST": channels_last, "ROWS": rows, "COLUMNS": columns}
+    return compile_kernel(kernel, arguments, constants, capability)
+
+
+def describe(compiled):
+    ptx = compiled.asm["ptx"]
+    accesses = re.findall(r"(ld|st)\.global\S*?(?:\.v(\d))?\.[bfus](\d+)", ptx)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        tool = triton.knobs.nvidia.cuobjdump.path
+        sass = subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True)
+        usage = subprocess.run(
+            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+        )
+    instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@\S+ )?\s*(\w+)", sass.stdout, re.M)
+    return {
+        "loads": [int(vector or 1) * int(bits) // 8 for kind, vector, bits in accesses if kind == "ld"],
+        "stores": [int(vector or 1) * int(bits) // 8 for kind, vector, bits in accesses if kind == "st"],
+        "spills": sum(name in ("LDL", "STL") for name in instructions),
+        "instructions": sum(name != "NOP" for name in instructions),
+        "registers": int(re.search(r"REG:(\d+)", usage.stdout).group(1)),
+        "shared": compiled.metadata.shared,
+    }
+
+
+def main():
+    kernels = {}
+    for capability in (80, 90):
+        sm = f"sm_{capability}"
+        for prune in ("random", "magnitude", "rescaled_magnitude", "mvue"):
+            for layout in ("channels_last", "nchw"):
+                kernels[f"{sm} {layout} bf16 2:4 {prune}"] = prune_kernel(
+                    "bf16", 2, 4, prune, layout == "channels_last", capability
+                )
+        for dtype, n, m in (("fp32", 2, 4), ("fp16", 2, 4), ("bf16", 4, 8), ("fp32", 16, 32)):
+            kernels[f"{sm} channels_last {dtype} {n}:{m} rescaled_magnitude"] = prune_kernel(
+                dtype, n, m, "rescaled_magnitude", True, capability
+            )
+        kernels[f"{sm} channels_last bf16 2:4 factor"] = prune_kernel(
+            "bf16", 2, 4, "rescaled_magnitude", True, capability, scope="channel"
+        )
+        for name in ("feature_map", "channel_sums"):
+            kernel = getattr(triton_prune, f"_{name}_kernel")
+            kernels[f"{sm} channels_last bf16 2:4 {name}"] = scope_kernel(
+                kernel, "bf16", 2, 4, True, capability
+            )
+    # The most registers of all: 32 planes of float32, their keys and two sums for each.
+    kernels["sm_90 nchw fp32 16:32 feature_map"] = scope_kernel(
+        triton_prune._feature_map_kernel, "fp32", 16, 32, False, 90
+    )
+    print(json.dumps({name: describe(kernel) for name, kernel in kernels.items()}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
