@@ -1,0 +1,316 @@
+"""The rewrite, asserted on edges: which node feeds which gradient; and on numbers."""
+
+import operator
+
+import pytest
+import torch
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from sdgp_fx import SDGPConfig
+from sdgp_fx.kernels import reference
+from sdgp_fx.passes import prune_input_grads as the_pass
+from sdgp_fx.passes.prune_input_grads import CONVOLUTION_BACKWARD, PRUNE_NM, prune_input_grads
+
+from .graphs import backward_of, copy_graph, gradients, is_pruned, joint_graph, random_inputs, run
+
+CONVOLUTIONS = {
+    "conv1d": (nn.Conv1d(8, 16, 3, bias=False), (2, 8, 9)),
+    "conv2d": (nn.Conv2d(8, 16, 3, bias=False), (2, 8, 7, 7)),
+    "conv2d with bias": (nn.Conv2d(8, 16, 3), (2, 8, 7, 7)),
+    "conv3d": (nn.Conv3d(4, 8, 3), (2, 4, 5, 5, 5)),
+    "1x1": (nn.Conv2d(8, 16, 1), (2, 8, 4, 4)),
+    "strided": (nn.Conv2d(8, 16, 3, stride=2, padding=1), (2, 8, 7, 7)),
+    "dilated": (nn.Conv2d(8, 16, 3, dilation=2, padding=2), (2, 8, 7, 7)),
+    "grouped": (nn.Conv2d(8, 16, 3, groups=4), (2, 8, 7, 7)),
+    "transposed 1d": (nn.ConvTranspose1d(8, 16, 3), (2, 8, 9)),
+    "transposed 2d": (nn.ConvTranspose2d(8, 16, 3, 2, 1, output_padding=1), (2, 8, 5, 5)),
+    "transposed 3d": (nn.ConvTranspose3d(4, 8, 2), (1, 4, 3, 3, 3)),
+    "transposed grouped": (nn.ConvTranspose2d(8, 16, 3, groups=2, bias=False), (2, 8, 5, 5)),
+}
+
+
+def layer_graph(name, **kwargs):
+    layer, shape = CONVOLUTIONS[name]
+    return joint_graph(layer, torch.randn(shape, requires_grad=True), **kwargs)
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_rewrites_the_input_gradient_and_nothing_else(name):
+    gm = layer_graph(name)
+    (before,) = gm.graph.find_nodes(op="call_function", target=CONVOLUTION_BACKWARD)
+    grad_output, others = before.args[0], before.args[1:10]
+    has_bias = before.args[10][2]
+
+    (decision,) = prune_input_grads(gm.graph, SDGPConfig())
+    assert (decision.pruned, decision.reason) == (True, "")
+
+    input_grad, weight_grad, bias_grad = gradients(gm)
+    half = backward_of(input_grad)
+    assert half.args[0].target is PRUNE_NM
+    assert half.args[0].args[:4] == (grad_output, None, 2, 4)
+    assert half.args[1:] == (*others, [True, False, False])
+    rest = backward_of(weight_grad)
+    assert rest is not half
+    assert rest.args == (grad_output, *others, [False, True, has_bias])
+    assert (bias_grad is not None) == has_bias
+    if has_bias:
+        assert backward_of(bias_grad) is rest
+    # The pruned gradient goes nowhere else, and the graph still returns the same three.
+    assert list(half.args[0].users) == [half]
+    returned = set(gm.graph.output_node().all_input_nodes)
+    assert {input_grad, weight_grad} <= returned
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_same_numbers(name):
+    gm = layer_graph(name)
+    inputs = random_inputs(gm)
+    input_grad, weight_grad, bias_grad = (n and n.name for n in gradients(gm))
+    (node,) = gm.graph.find_nodes(op="call_function", target=CONVOLUTION_BACKWARD)
+    before = run(gm, inputs)
+    prune_input_grads(gm.graph, SDGPConfig())
+    gm.recompile()
+    after = run(gm, inputs)
+
+    assert torch.equal(after[weight_grad], before[weight_grad])
+    if bias_grad:
+        assert torch.equal(after[bias_grad], before[bias_grad])
+    operands = [before[a.name] if isinstance(a, fx.Node) else a for a in node.args[:10]]
+    operands[0] = reference.prune_nm(operands[0], None, 2, 4, "rescaled_magnitude", "group")
+    expected = torch.ops.aten.convolution_backward(*operands, [True, False, False])[0]
+    assert torch.equal(after[input_grad], expected)
+    assert not torch.equal(after[input_grad], before[input_grad])
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_input_gradient_is_conv2d_input_of_the_pruned_gradient(memory_format):
+    layer = nn.Conv2d(8, 16, 3, stride=2, padding=1)
+    x = torch.randn(2, 8, 9, 9).to(memory_format=memory_format).requires_grad_()
+    gm = joint_graph(layer, x)
+    inputs = random_inputs(gm)
+    prune_input_grads(gm.graph, SDGPConfig(n=1, prune="magnitude"))
+    gm.recompile()
+    values = run(gm, inputs)
+    half = backward_of(gradients(gm)[0])
+    dense = half.args[0].args[0]
+    pruned = reference.prune_nm(values[dense.name], None, 1, 4, "magnitude", "group")
+    expected = torch.nn.grad.conv2d_input(x.shape, values[half.args[2].name], pruned, 2, 1)
+    torch.testing.assert_close(values[gradients(gm)[0].name], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_recorded_values_match_the_real_ones(name):
+    gm = layer_graph(name)
+    inputs = random_inputs(gm)
+    prune_input_grads(gm.graph, SDGPConfig())
+    gm.recompile()
+    values = run(gm, inputs)
+    for target in (PRUNE_NM, CONVOLUTION_BACKWARD):
+        for node in gm.graph.find_nodes(op="call_function", target=target):
+            recorded, real = node.meta["val"], values[node.name]
+            pairs = [(recorded, real)] if target is PRUNE_NM else zip(recorded, real, strict=True)
+            for a, b in pairs:
+                assert (a is None) == (b is None)
+                if a is not None:
+                    assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
+
+
+def test_bias_taken_out_by_a_decomposition():
+    """The form that graphs for a GPU have: the bias gradient is a sum of the dense gradient."""
+    from torch._inductor.decomposition import select_decomp_table
+
+    def without_bias(*args):
+        mask = args[10]
+        if not mask[2]:
+            return NotImplemented
+        gx, gw, _ = torch.ops.aten.convolution_backward(*args[:10], [mask[0], mask[1], False])
+        return gx, gw, args[0].sum([0, *range(2, args[0].dim())])
+
+    table = {**select_decomp_table(), CONVOLUTION_BACKWARD: without_bias}
+    gm = layer_graph("conv2d with bias", decompositions=table)
+    inputs = random_inputs(gm)
+    before = run(gm, inputs)
+    (decision,) = prune_input_grads(gm.graph, SDGPConfig())
+    gm.recompile()
+    after = run(gm, inputs)
+    assert decision.pruned
+    input_grad, weight_grad, bias_grad = gradients(gm)
+    assert bias_grad is None
+    assert is_pruned(input_grad)
+    assert not is_pruned(weight_grad)
+    (total,) = gm.graph.find_nodes(op="call_function", target=torch.ops.aten.sum.dim_IntList)
+    assert total.args[0] is backward_of(weight_grad).args[0]
+    for node in (weight_grad, total):
+        assert torch.equal(after[node.name], before[node.name])
+
+
+def test_input_gradient_only():
+    """Frozen weights: there is nothing to split off."""
+    layer = nn.Conv2d(8, 16, 3).requires_grad_(False)
+    gm = joint_graph(layer, torch.randn(2, 8, 7, 7, requires_grad=True))
+    (decision,) = prune_input_grads(gm.graph, SDGPConfig())
+    assert decision.pruned
+    (half,) = gm.graph.find_nodes(op="call_function", target=CONVOLUTION_BACKWARD)
+    assert half.args[0].target is PRUNE_NM
+
+
+class Block(nn.Module):
+    """Convolutions for every reason to stay dense, between two that are pruned."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3)
+        self.body = nn.Sequential(nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8))
+        self.odd = nn.ModuleDict({"six": nn.Conv2d(8, 6, 1), "back": nn.Conv2d(6, 16, 1)})
+        self.grouped = nn.Conv2d(16, 16, 1, groups=8)
+        self.weight = nn.Parameter(torch.randn(4, 16, 1, 1))
+
+    def forward(self, x):
+        x = self.body(self.stem(x))
+        x = self.grouped(self.odd["back"](self.odd["six"](x)))
+        return nn.functional.conv2d(x, self.weight)
+
+
+def test_decisions_reasons_and_names():
+    decisions = prune_input_grads(joint_graph(Block(), torch.randn(1, 3, 9, 9)).graph, SDGPConfig())
+    assert [(d.module, d.pruned, d.reason) for d in decisions] == [
+        ("", True, ""),
+        ("grouped", False, the_pass.NOT_A_MULTIPLE),
+        ("odd.back", True, ""),
+        ("odd.six", False, the_pass.NOT_A_MULTIPLE),
+        ("body.2", False, the_pass.DEPTHWISE),
+        ("body.0", True, ""),
+        ("stem", False, the_pass.NO_INPUT_GRADIENT),
+    ]
+    grouped = decisions[1]
+    assert grouped.grad_output == (1, 16, 3, 3)
+    assert (grouped.weight, grouped.groups, grouped.transposed) == ((16, 2, 1, 1), 8, False)
+
+
+def test_names_in_a_function_around_the_model():
+    model = Block()
+
+    def loss(x):
+        return model(x).sum()
+
+    decisions = prune_input_grads(joint_graph(loss, torch.randn(1, 3, 9, 9)).graph, SDGPConfig())
+    modules = {name for name, _ in model.named_modules()}
+    assert {d.module for d in decisions} <= modules
+    assert "odd.back" in {d.module for d in decisions}
+
+
+def test_include_and_exclude():
+    gm = joint_graph(Block(), torch.randn(1, 3, 9, 9))
+    config = SDGPConfig(include="body.*,odd.*", exclude="odd.back")
+    reasons = {d.module: d.reason for d in prune_input_grads(gm.graph, config)}
+    assert reasons["body.0"] == ""
+    assert reasons["odd.back"] == reasons["grouped"] == reasons[""] == the_pass.EXCLUDED
+    assert reasons["stem"] == the_pass.NO_INPUT_GRADIENT
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "reason"),
+    [
+        ("cuda", torch.float32, ""),
+        ("cuda", torch.float64, the_pass.DTYPE),
+        ("cpu", torch.float64, ""),
+        ("cpu", torch.float8_e5m2, the_pass.DTYPE),
+    ],
+)
+def test_dtypes(device, dtype, reason):
+    graph = fx.Graph()
+    shapes = {"grad_output": (2, 8, 5, 5), "x": (2, 4, 5, 5), "weight": (8, 4, 1, 1)}
+    with FakeTensorMode():
+        tensors = {k: torch.empty(s, device=device).to(dtype) for k, s in shapes.items()}
+    nodes = [graph.placeholder(name) for name in tensors]
+    for node, tensor in zip(nodes, tensors.values(), strict=True):
+        node.meta["val"] = tensor
+    rest = ([0], [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [True, True, False])
+    backward = graph.call_function(CONVOLUTION_BACKWARD, (*nodes, *rest))
+    backward.meta["val"] = (tensors["x"], tensors["weight"], None)
+    outputs = [graph.call_function(operator.getitem, (backward, i)) for i in (0, 1)]
+    graph.output(tuple(outputs))
+    (decision,) = prune_input_grads(graph, SDGPConfig())
+    assert decision.reason == reason
+    assert (outputs[0].args[0] is backward) == bool(reason)
+
+
+@pytest.mark.parametrize("config", [SDGPConfig(n=4), SDGPConfig(m=32), SDGPConfig(include="no")])
+def test_leaves_alone(config):
+    gm = layer_graph("conv2d")
+    before = gm.graph.python_code("self").src
+    (decision,) = prune_input_grads(gm.graph, config)
+    assert not decision.pruned
+    assert decision.reason
+    assert gm.graph.python_code("self").src == before
+
+
+def test_leaves_other_graphs_alone():
+    gm = joint_graph(nn.Linear(8, 8), torch.randn(2, 8, requires_grad=True))
+    before = gm.graph.python_code("self").src
+    assert prune_input_grads(gm.graph, SDGPConfig()) == []
+    assert gm.graph.python_code("self").src == before
+
+
+@pytest.mark.parametrize("prune", ["rescaled_magnitude", "mvue"])
+def test_idempotent(prune):
+    gm = joint_graph(Block(), torch.randn(1, 3, 9, 9))
+    config = SDGPConfig(prune=prune)
+    first = prune_input_grads(gm.graph, config)
+    once = gm.graph.python_code("self").src
+    assert prune_input_grads(gm.graph, config) == first
+    assert gm.graph.python_code("self").src == once
+
+
+def test_idempotent_with_frozen_weights():
+    layer = nn.Conv2d(8, 16, 3).requires_grad_(False)
+    gm = joint_graph(layer, torch.randn(2, 8, 7, 7, requires_grad=True))
+    first = prune_input_grads(gm.graph, SDGPConfig())
+    assert prune_input_grads(gm.graph, SDGPConfig()) == first
+    assert len(gm.graph.find_nodes(op="call_function", target=PRUNE_NM)) == 1
+
+
+def test_new_nodes_belong_to_the_backward_of_their_layer():
+    gm = joint_graph(Block(), torch.randn(1, 3, 9, 9))
+    prune_input_grads(gm.graph, SDGPConfig(prune="random"))
+    for node in gm.graph.find_nodes(op="call_function", target=PRUNE_NM):
+        (half,) = node.users
+        for new in (node, node.args[1], half):
+            assert new.meta["partitioner_tag"] == "is_backward"
+            assert new.meta["fwd_nn_module_stack"] == half.meta["fwd_nn_module_stack"]
+
+
+@pytest.mark.parametrize("prune", ["random", "mvue"])
+def test_every_layer_has_a_seed_of_its_own_from_one_draw(prune):
+    gm = joint_graph(Block(), torch.randn(1, 3, 9, 9))
+    prune_input_grads(gm.graph, SDGPConfig(prune=prune))
+    pruned = gm.graph.find_nodes(op="call_function", target=PRUNE_NM)
+    draws = {node.args[1].args[0] for node in pruned}
+    assert len(draws) == 1
+    assert draws.pop().target is torch.ops.aten.randint.default
+    assert [node.args[1].args[1:] for node in pruned] == [(0, i) for i in range(len(pruned))]
+    gm.recompile()
+    values = run(gm, random_inputs(gm))
+    assert len({int(values[node.args[1].name]) for node in pruned}) == len(pruned) == 3
+
+
+def test_functions_without_numbers_draw_nothing():
+    gm = layer_graph("conv2d")
+    prune_input_grads(gm.graph, SDGPConfig())
+    assert not gm.graph.find_nodes(op="call_function", target=torch.ops.aten.randint.default)
+
+
+def test_a_copy_of_the_graph_is_rewritten_alike():
+    gm = layer_graph("conv2d")
+    copy = copy_graph(gm)
+    assert prune_input_grads(gm.graph, SDGPConfig()) == prune_input_grads(copy.graph, SDGPConfig())
+
+
+def test_module_called_twice_is_two_layers():
+    layer = nn.Conv2d(8, 8, 3, padding=1)
+    gm = joint_graph(nn.Sequential(nn.Conv2d(3, 8, 1), layer, nn.ReLU(), layer), torch.randn(1, 3, 5, 5))
+    decisions = prune_input_grads(gm.graph, SDGPConfig())
+    assert [d.pruned for d in decisions] == [True, True, False]
+    assert len(gm.graph.find_nodes(op="call_function", target=PRUNE_NM)) == 2
+    assert prune_input_grads(gm.graph, SDGPConfig()) == decisions
