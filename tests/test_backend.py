@@ -1,0 +1,462 @@
+"""torch.compile(..., backend="sdgp"): options, inner compilers, caches, shapes, randomness."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.utils import fresh_cache
+
+import sdgp_fx
+from sdgp_fx import SDGPConfig, backend
+from sdgp_fx.passes.prune_input_grads import CONVOLUTION_BACKWARD, PRUNE_NM
+
+EAGER = {"sdgp.inner": "aot_eager"}
+
+
+def small_model():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(),
+        nn.Conv2d(8, 8, 3), nn.Flatten(), nn.LazyLinear(4),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def model():
+    model = small_model()
+    model(torch.randn(1, 3, 12, 12))
+    return model
+
+
+@pytest.fixture
+def x():
+    return torch.randn(2, 3, 12, 12)
+
+
+@pytest.fixture
+def rewritten(monkeypatch):
+    """The graphs that went through the pass, as (graph, decisions), in order."""
+    seen = []
+    report = backend._report
+
+    def spy(graph, decisions):
+        seen.append((graph, decisions))
+        report(graph, decisions)
+
+    monkeypatch.setattr(backend, "_report", spy)
+    return seen
+
+
+def gradients(model, x, **kwargs):
+    """Gradients of one step of a freshly compiled model, by parameter name."""
+    torch._dynamo.reset()
+    model.zero_grad()
+    torch.compile(model, **kwargs)(x).square().sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def sdgp_gradients(model, x, **options):
+    keys = {f"sdgp.{key}": value for key, value in options.items()}
+    return gradients(model, x, backend="sdgp", options={**EAGER, **keys})
+
+
+# Options
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"sdgp.n": 5}, r"sdgp\.n: expected 1 <= n <= sdgp\.m = 4, got 5"),
+        ({"sdgp.prune": "best"}, r"sdgp\.prune: expected one of .* got 'best'"),
+        ({"sdgp.nn": 5}, r"sdgp\.nn: expected one of sdgp\.n, .* got an unknown name"),
+    ],
+)
+def test_bad_options_are_value_errors_before_anything_is_compiled(
+    model, x, options, words, rewritten, monkeypatch
+):
+    def compile_fx(*args, **kwargs):
+        raise AssertionError("compiled")
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_fx)
+    with pytest.raises(ValueError, match=words):
+        torch.compile(model, backend="sdgp", options=options)(x)
+    assert not rewritten
+
+
+def test_environment(model, x, rewritten, monkeypatch):
+    monkeypatch.setenv("SDGP_INNER", "aot_eager")
+    monkeypatch.setenv("SDGP_N", "1")
+    gradients(model, x, backend="sdgp")
+    (graph, _), *_ = rewritten
+    assert {n.args[2] for n in graph.find_nodes(op="call_function", target=PRUNE_NM)} == {1}
+
+
+@pytest.fixture
+def patches(monkeypatch):
+    """The configuration that Inductor was called with, and no compilation."""
+    seen = {}
+
+    def compile_fx(gm, inputs, config_patches=None, **kwargs):
+        seen.update(config_patches or {}, **kwargs)
+        return gm.forward
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_fx)
+    return seen
+
+
+def test_foreign_options_reach_inductor(model, x, patches):
+    options = {"sdgp.n": 1, "epilogue_fusion": False}
+    torch.compile(model, backend="sdgp", options=options)(x)
+    assert patches["epilogue_fusion"] is False
+    assert patches["joint_custom_pre_pass"].config == SDGPConfig(n=1)
+    assert not any(key.startswith("sdgp") for key in patches)
+
+
+def test_mode_reaches_inductor_with_settings_from_the_environment(model, x, patches, monkeypatch):
+    """torch.compile takes a mode or options, not both."""
+    monkeypatch.setenv("SDGP_N", "1")
+    torch.compile(model, backend="sdgp", mode="max-autotune")(x)
+    expected = torch._inductor.list_mode_options("max-autotune")
+    assert expected.items() <= patches.items()
+    assert patches["joint_custom_pre_pass"].config == SDGPConfig(n=1)
+
+
+def test_foreign_options_are_checked_by_inductor(model, x):
+    with pytest.raises(Exception, match="Unexpected optimization option no_such_option"):
+        torch.compile(model, backend="sdgp", options={"no_such_option": 1})(x)
+
+
+def test_aot_eager_says_what_it_ignores(model, x, monkeypatch):
+    options = {**EAGER, "epilogue_fusion": False}
+    with pytest.warns(UserWarning, match="'aot_eager' ignores epilogue_fusion=False"):
+        torch.compile(model, backend="sdgp", options=options)(x)
+    torch._dynamo.reset()
+    monkeypatch.setenv("SDGP_INNER", "aot_eager")
+    with pytest.warns(UserWarning, match="'aot_eager' ignores mode='max-autotune'"):
+        torch.compile(model, backend="sdgp", mode="max-autotune")(x)
+
+
+class Counting(CustomGraphPass):
+    """A pass of the user's, in the place in Inductor that the backend needs too."""
+
+    def __init__(self, uuid="user"):
+        self.calls, self.key = 0, uuid
+
+    def __call__(self, graph):
+        self.calls += 1
+        # It runs first: the convolutions are still whole.
+        assert not graph.find_nodes(op="call_function", target=PRUNE_NM)
+
+    def uuid(self):
+        return self.key
+
+
+def test_a_pass_of_the_users_runs_too(model, x, patches):
+    user = Counting()
+    torch.compile(model, backend="sdgp", options={"joint_custom_pre_pass": user})(x)
+    combined = patches["joint_custom_pre_pass"]
+    assert combined.before == (user,)
+    alone = backend.PruneInputGrads(SDGPConfig())
+    assert combined.uuid() != alone.uuid()
+    assert backend.PruneInputGrads(SDGPConfig(), [Counting(None)]).uuid() is None
+    assert backend.PruneInputGrads(SDGPConfig(), [print]).uuid() is None
+    combined(torch.fx.Graph())
+    assert user.calls == 1
+
+
+def test_pass_in_inductors_own_config_runs_too(model, x, patches):
+    user = Counting()
+    with torch._inductor.config.patch(joint_custom_pre_pass=user):
+        torch.compile(model, backend="sdgp")(x)
+    assert patches["joint_custom_pre_pass"].before == (user,)
+
+
+# What is pruned
+
+
+def test_every_gradient_that_depends_on_no_pruned_one_is_bit_identical(model, x):
+    dense = gradients(model, x, backend="aot_eager")
+    pruned = sdgp_gradients(model, x)
+    for name in ("5.weight", "5.bias", "7.weight", "7.bias"):
+        assert torch.equal(pruned[name], dense[name])
+    for name in ("3.weight", "1.weight", "0.weight"):
+        assert not torch.equal(pruned[name], dense[name])
+
+
+def test_decisions_and_edges(model, x, rewritten):
+    sdgp_gradients(model, x)
+    ((graph, decisions),) = rewritten
+    assert [(d.module, d.pruned) for d in decisions] == [("5", True), ("3", True), ("0", False)]
+    for node in graph.find_nodes(op="call_function", target=CONVOLUTION_BACKWARD):
+        assert (node.args[0].target is PRUNE_NM) == node.args[10][0]
+
+
+def test_inference_and_no_grad_are_untouched(model, x, rewritten):
+    expected = model.eval()(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        compiled = torch.compile(model, backend="sdgp", options=EAGER)
+        with torch.no_grad():
+            assert torch.equal(compiled(x), expected)
+        with torch.inference_mode():
+            assert torch.equal(compiled(x), expected)
+    assert all(not graph.find_nodes(op="call_function", target=PRUNE_NM) for graph, _ in rewritten)
+
+
+def test_forward_is_untouched(model, x):
+    expected = torch.compile(model, backend="aot_eager")(x)
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(model, backend="sdgp", options=EAGER)(x), expected)
+
+
+def test_gradients_taken_inside_the_compiled_function_are_pruned(model, x, rewritten):
+    """There is no joint graph here: the backward is part of an inference graph."""
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    buffers = {name: b.clone() for name, b in model.named_buffers()}
+
+    def loss(parameters, x):
+        return torch.func.functional_call(model, (parameters, buffers), (x,)).square().sum()
+
+    model.eval()
+    step = torch.compile(torch.func.grad(loss), backend="sdgp", options=EAGER)
+    pruned, dense = step(parameters, x), torch.func.grad(loss)(parameters, x)
+    assert sum(d.pruned for _, decisions in rewritten for d in decisions) == 2
+    assert torch.allclose(pruned["5.weight"], dense["5.weight"])
+    assert not torch.allclose(pruned["0.weight"], dense["0.weight"])
+
+
+@pytest.mark.parametrize(
+    ("make", "shape", "why"),
+    [
+        (lambda: nn.Linear(4, 4), (2, 4), "it has no convolution"),
+        (lambda: nn.Conv2d(3, 8, 3), (2, 3, 5, 5), "1 x no input gradient"),
+    ],
+)
+def test_one_warning_where_nothing_is_pruned(make, shape, why):
+    with pytest.warns(UserWarning, match="sdgp pruned nothing") as caught:
+        torch.compile(make(), backend="sdgp", options=EAGER)(torch.randn(shape)).sum().backward()
+    (warning,) = [w for w in caught if "sdgp" in str(w.message)]
+    assert why in str(warning.message)
+
+
+def test_no_warning_where_something_is_pruned(model, x):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        sdgp_gradients(model, x)
+
+
+# Randomness
+
+
+@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("prune", ["random", "mvue"])
+def test_manual_seed_repeats_and_steps_differ(model, x, prune, inner):
+    options = {"sdgp.prune": prune, "sdgp.inner": inner}
+    compiled = torch.compile(model, backend="sdgp", options=options)
+
+    def step():
+        model.zero_grad()
+        compiled(x).square().sum().backward()
+        return model[0].weight.grad.clone()
+
+    torch.manual_seed(3)
+    first, second = step(), step()
+    torch.manual_seed(3)
+    assert torch.equal(step(), first)
+    assert torch.equal(step(), second)
+    assert not torch.equal(first, second)
+
+
+def test_mvue_is_unbiased_through_the_whole_backward(model, x):
+    """The network is linear in the gradient between the last layer and the first."""
+    linear = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3))
+    compiled = torch.compile(linear, backend="sdgp", options={**EAGER, "sdgp.prune": "mvue"})
+    dense = torch.autograd.grad(linear(x).sin().sum(), linear[0].weight)[0]
+    total, steps = torch.zeros_like(dense), 200
+    spread = torch.zeros_like(dense)
+    for _ in range(steps):
+        grad = torch.autograd.grad(compiled(x).sin().sum(), linear[0].weight)[0]
+        total += grad
+        spread += (grad - dense).square()
+    deviation = (spread / steps).sqrt() / steps**0.5
+    assert ((total / steps - dense).abs() / deviation).max() < 5
+    assert deviation.max() > 0
+
+
+# Shapes
+
+
+@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("prune", ["rescaled_magnitude", "mvue"])
+def test_dynamic_batch_compiles_once(inner, prune, rewritten):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
+    options = {"sdgp.inner": inner, "sdgp.prune": prune, "force_disable_caches": True}
+    if inner == "aot_eager":
+        del options["force_disable_caches"]
+    compiled = torch.compile(model, backend="sdgp", options=options, dynamic=True)
+    for batch in (2, 3, 7):
+        x = torch.randn(batch, 3, 8 + batch, 9)
+        model.zero_grad()
+        compiled(x).sin().sum().backward()
+        grad = model[2].weight.grad.clone()
+        model.zero_grad()
+        model(x).sin().sum().backward()
+        torch.testing.assert_close(grad, model[2].weight.grad, rtol=1e-4, atol=1e-4)
+    assert len({id(graph) for graph, _ in rewritten}) == 1
+    decisions = rewritten[0][1]
+    assert [d.pruned for d in decisions] == [True, False]
+    assert isinstance(decisions[0].grad_output[0], str)
+    assert decisions[0].grad_output[1] == 8
+
+
+def test_channels_last_stays_channels_last(rewritten):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
+    model = model.to(memory_format=torch.channels_last)
+    x = torch.randn(2, 3, 9, 9).to(memory_format=torch.channels_last)
+    compiled = torch.compile(model, backend="sdgp", options=EAGER)
+    compiled(x).backward(torch.randn(2, 8, 5, 5).to(memory_format=torch.channels_last))
+    (graph, _), *_ = rewritten
+    (node,) = graph.find_nodes(op="call_function", target=PRUNE_NM)
+    assert node.meta["val"].stride() == node.args[0].meta["val"].stride()
+
+
+# Inductor
+
+
+def test_inductor_agrees_with_aot_eager(model, x):
+    """Magnitude selection flips where two values are nearly equal, so seeds are chosen free of
+    that: the networks are small enough for no such pair to occur."""
+    eager = sdgp_gradients(model, x)
+    inductor = sdgp_gradients(model, x, inner="inductor")
+    for name, grad in eager.items():
+        torch.testing.assert_close(inductor[name], grad, rtol=1e-4, atol=1e-4)
+
+
+def test_inductor_keeps_last_gradients_within_rounding_of_stock(model, x):
+    dense = gradients(model, x, backend="inductor")
+    pruned = sdgp_gradients(model, x, inner="inductor")
+    for name in ("5.weight", "5.bias"):
+        torch.testing.assert_close(pruned[name], dense[name], rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(pruned["0.weight"], dense["0.weight"], rtol=1e-2)
+
+
+# Caches
+
+
+def cache_use(model, x, **options):
+    """How often one compilation missed and hit Inductor's and AOTAutograd's caches."""
+    counters.clear()
+    sdgp_gradients(model, x, inner="inductor", **options)
+    names = ("fxgraph_cache_miss", "fxgraph_cache_hit")
+    use = {name: counters["inductor"][name] for name in names}
+    names = ("autograd_cache_miss", "autograd_cache_hit")
+    return use | {name: counters["aot_autograd"][name] for name in names}
+
+
+HIT = {"autograd_cache_hit": 1, "autograd_cache_miss": 0, "fxgraph_cache_miss": 0}
+
+
+def is_hit(use):
+    return HIT.items() <= use.items()
+
+
+def is_miss(use):
+    return (
+        use["autograd_cache_hit"] == use["fxgraph_cache_hit"] == 0
+        and use["autograd_cache_miss"] == 1
+        and use["fxgraph_cache_miss"] > 0
+    )
+
+
+def test_unchanged_hits_and_changed_options_miss(model, x):
+    with fresh_cache():
+        assert is_miss(cache_use(model, x))
+        assert is_hit(cache_use(model, x))
+        for options in ({"n": 1}, {"prune": "magnitude"}, {"rescale": "channel"}, {"exclude": "3"}):
+            assert not is_hit(cache_use(model, x, **options)), options
+            assert is_hit(cache_use(model, x, **options)), options
+
+
+def test_cached_graph_is_the_pruned_one(model, x):
+    with fresh_cache():
+        first = sdgp_gradients(model, x, inner="inductor")
+        other = sdgp_gradients(model, x, inner="inductor", n=1)
+        stock = gradients(model, x, backend="inductor")
+        counters.clear()
+        again = sdgp_gradients(model, x, inner="inductor")
+        assert counters["aot_autograd"]["autograd_cache_hit"] == 1
+    for name in first:
+        assert torch.equal(again[name], first[name])
+    for different in (other, stock):
+        assert not torch.equal(different["0.weight"], first["0.weight"])
+
+
+def test_changed_source_misses(model, x, tmp_path, monkeypatch):
+    with fresh_cache():
+        cache_use(model, x)
+        assert is_hit(cache_use(model, x))
+        changed = tmp_path / "prune_input_grads.py"
+        changed.write_text("# another version")
+        monkeypatch.setattr(backend, "_SOURCES", (*backend._SOURCES, str(changed)))
+        assert not is_hit(cache_use(model, x))
+
+
+def test_every_source_counts():
+    names = {os.path.relpath(path, os.path.dirname(sdgp_fx.__file__)) for path in backend._SOURCES}
+    expected = {"backend.py", "config.py", "passes/prune_input_grads.py", "kernels/op.py"}
+    assert expected | {"kernels/reference.py", "kernels/triton_prune.py"} <= names
+
+
+SECOND_PROCESS = """
+import json, sys, torch
+from torch import nn
+from torch._dynamo.utils import counters
+torch.manual_seed(0)
+model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
+assert "sdgp_fx" not in sys.modules
+torch.compile(model, backend="sdgp", options={"sdgp.prune": "mvue"})(
+    torch.randn(2, 3, 9, 9)
+).square().sum().backward()
+print(json.dumps({
+    "imported": "sdgp_fx" in sys.modules,
+    "hit": counters["aot_autograd"]["autograd_cache_hit"],
+    "miss": counters["inductor"]["fxgraph_cache_miss"],
+    "last": model[2].weight.grad.sum().item(),
+    "first": model[0].weight.grad.sum().item(),
+}))
+"""
+
+
+def run_process(code, **environment):
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def test_backend_by_name_without_an_import_and_a_second_process_from_cache(tmp_path):
+    first = run_process(SECOND_PROCESS, TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
+    assert first["imported"]
+    assert first["hit"] == 0
+    assert first["miss"] > 0
+    second = run_process(SECOND_PROCESS, TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
+    assert (second["hit"], second["miss"]) == (1, 0)
+    assert (second["last"], second["first"]) == (first["last"], first["first"])
+    dense = SECOND_PROCESS.replace('backend="sdgp", options={"sdgp.prune": "mvue"}', "").replace(
+        "model, )", "model)"
+    )
+    dense = run_process(dense, TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
+    assert dense["last"] == pytest.approx(first["last"], rel=1e-4)
+    assert dense["first"] != pytest.approx(first["first"], rel=1e-3)
