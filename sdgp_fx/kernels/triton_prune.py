@@ -186,6 +186,7 @@ def _random_keep(seed, index, N: tl.constexpr, M: tl.constexpr):
 @triton.jit
 def _philox(seed, index, BLOCK: tl.constexpr):
     """Four random words for the 64-bit indices of groups."""
+    index = index.to(tl.int64)
     low = (index & 0xFFFFFFFF).to(tl.uint32)
     high = (index >> 32).to(tl.uint32)
     return tl.philox(seed, low, high, low * 0 + BLOCK, low * 0)
@@ -286,21 +287,22 @@ def _prune_kernel(
     BLOCK: tl.constexpr,  # of size
 ):
     """Everything that needs one group at a time. Grid: (ceil(size / BLOCK),)."""
-    start = tl.program_id(0).to(tl.int64) * BLOCK
-    place = tl.arange(0, BLOCK)
-    mask = place < size - start
+    # size comes with 32 bits where they suffice, which keeps the divisions below cheap.
+    start = tl.program_id(0).to(size.dtype) * BLOCK
+    place = start + tl.arange(0, BLOCK)
+    mask = tl.arange(0, BLOCK) < size - start
     if CHANNELS_LAST:
-        values = _unzip(tl.load(x_ptr + start + place, mask=mask, other=0.0), M)
+        values = _unzip(tl.load(x_ptr + place, mask=mask, other=0.0), M)
         index = start // M + tl.arange(0, BLOCK // M)
     else:
         # Group (sample, c) at a position: M values, `spatial` apart.
-        local = (start % spatial).to(tl.int32) + place
-        plane = start // spatial + local // spatial
-        position = local % spatial
-        first = plane * M * spatial + position
+        plane = place // spatial
+        position = place % spatial
+        step = spatial.to(tl.int64)
+        first = plane.to(tl.int64) * M * step + position
         values = ()
         for i in tl.static_range(M):
-            values = values + (tl.load(x_ptr + first + i * spatial, mask=mask, other=0.0),)
+            values = values + (tl.load(x_ptr + first + i * step, mask=mask, other=0.0),)
         blocks = channels // M
         index = (plane // blocks * spatial + position) * blocks + plane % blocks
 
@@ -322,8 +324,7 @@ def _prune_kernel(
                     for _ in tl.static_range(M):
                         factors = factors + (factor,)
                 elif CHANNELS_LAST:
-                    channel = ((start % channels).to(tl.int32) + place) % channels
-                    factors = _unzip(tl.load(factor_ptr + channel), M)
+                    factors = _unzip(tl.load(factor_ptr + place % channels), M)
                 else:
                     for i in tl.static_range(M):
                         channel = plane % blocks * M + i
@@ -331,10 +332,10 @@ def _prune_kernel(
                 result = _where(keep, _scale(values, factors, M), M)
 
     if CHANNELS_LAST:
-        tl.store(out_ptr + start + place, _zip(result, M), mask=mask)
+        tl.store(out_ptr + place, _zip(result, M), mask=mask)
     else:
         for i in tl.static_range(M):
-            tl.store(out_ptr + first + i * spatial, result[i], mask=mask)
+            tl.store(out_ptr + first + i * step, result[i], mask=mask)
 
 
 @triton.jit
@@ -481,6 +482,8 @@ def prune_nm(
     Gradients that are neither channels last nor contiguous are copied once before and after.
     """
     out = torch.empty_like(grad_output)
+    if n == m:
+        return out.copy_(grad_output)
     if grad_output.numel() == 0:
         return out
     channels_last = grad_output.movedim(1, -1).is_contiguous()
