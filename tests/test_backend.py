@@ -294,26 +294,36 @@ def test_mvue_is_unbiased_through_the_whole_backward(model, x):
 # Shapes
 
 
+def train_on_sizes(model, **kwargs):
+    """Train on three sizes with dynamic=True; how many graphs were compiled, and the gradients."""
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = torch.compile(model, dynamic=True, **kwargs)
+    grads = []
+    for batch in (2, 3, 7):
+        model.zero_grad()
+        torch.manual_seed(batch)
+        compiled(torch.randn(batch, 3, 8 + batch, 9)).sin().sum().backward()
+        grads.append(model[2].weight.grad.clone())
+    return counters["stats"]["unique_graphs"], grads
+
+
 @pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("prune", ["rescaled_magnitude", "mvue"])
-def test_dynamic_batch_compiles_once(inner, prune, rewritten):
+def test_dynamic_shapes_compile_as_often_as_stock(inner, prune, rewritten):
+    """Once, but for Inductor of torch 2.11 on the CPU, which fixes the sizes of convolutions."""
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
     options = {"sdgp.inner": inner, "sdgp.prune": prune}
-    compiled = torch.compile(model, backend="sdgp", options=options, dynamic=True)
     with fresh_cache():  # A hit in the caches would not go through the pass.
-        for batch in (2, 3, 7):
-            x = torch.randn(batch, 3, 8 + batch, 9)
-            model.zero_grad()
-            compiled(x).sin().sum().backward()
-            grad = model[2].weight.grad.clone()
-            model.zero_grad()
-            model(x).sin().sum().backward()
-            torch.testing.assert_close(grad, model[2].weight.grad, rtol=1e-4, atol=1e-4)
-    assert len({id(graph) for graph, _ in rewritten}) == 1
-    decisions = rewritten[0][1]
-    assert [d.pruned for d in decisions] == [True, False]
-    assert isinstance(decisions[0].grad_output[0], str)
-    assert decisions[0].grad_output[1] == 8
+        stock, dense = train_on_sizes(model, backend=inner)
+        count, grads = train_on_sizes(model, backend="sdgp", options=options)
+    assert count == stock
+    for grad, expected in zip(grads, dense, strict=True):
+        torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-4)
+    for _, decisions in rewritten:
+        assert [d.pruned for d in decisions] == [True, False]
+        assert decisions[0].grad_output[1] == 8
+        assert stock > 1 or isinstance(decisions[0].grad_output[0], str)
 
 
 def test_channels_last_stays_channels_last(rewritten):
