@@ -44,7 +44,9 @@ class PruneInputGrads(CustomGraphPass):
     before: passes that the user has put into the same place; they run first.
     """
 
-    def __init__(self, config: SDGPConfig, before: Sequence[Callable[[fx.Graph], Any]] = ()) -> None:
+    def __init__(
+        self, config: SDGPConfig, before: Sequence[Callable[[fx.Graph], Any]] = ()
+    ) -> None:
         self.config = config
         self.before = tuple(before)
 

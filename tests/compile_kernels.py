@@ -67,14 +67,20 @@ def describe(compiled):
         file.write(compiled.asm["cubin"])
         file.flush()
         tool = triton.knobs.nvidia.cuobjdump.path
-        sass = subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True)
+        sass = subprocess.run(
+            [tool, "-sass", file.name], capture_output=True, text=True, check=True
+        )
         usage = subprocess.run(
             [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
         )
     instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@\S+ )?\s*(\w+)", sass.stdout, re.M)
     return {
-        "loads": [int(vector or 1) * int(bits) // 8 for kind, vector, bits in accesses if kind == "ld"],
-        "stores": [int(vector or 1) * int(bits) // 8 for kind, vector, bits in accesses if kind == "st"],
+        "loads": [
+            int(vector or 1) * int(bits) // 8 for kind, vector, bits in accesses if kind == "ld"
+        ],
+        "stores": [
+            int(vector or 1) * int(bits) // 8 for kind, vector, bits in accesses if kind == "st"
+        ],
         "spills": sum(name in ("LDL", "STL") for name in instructions),
         "instructions": sum(name != "NOP" for name in instructions),
         "registers": int(re.search(r"REG:(\d+)", usage.stdout).group(1)),

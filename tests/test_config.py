@@ -49,7 +49,7 @@ def test_valid_patterns(n, m):
     ],
 )
 def test_errors_name_option_expectation_and_value(options, name, expected, got):
-    with pytest.raises(ValueError, match="^sdgp") as error:
+    with pytest.raises(ValueError, match=r"^sdgp") as error:
         SDGPConfig.from_options(options, environ={})
     message = str(error.value)
     assert message.startswith(f"{name}: ")

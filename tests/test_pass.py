@@ -309,7 +309,9 @@ def test_a_copy_of_the_graph_is_rewritten_alike():
 
 def test_module_called_twice_is_two_layers():
     layer = nn.Conv2d(8, 8, 3, padding=1)
-    gm = joint_graph(nn.Sequential(nn.Conv2d(3, 8, 1), layer, nn.ReLU(), layer), torch.randn(1, 3, 5, 5))
+    gm = joint_graph(
+        nn.Sequential(nn.Conv2d(3, 8, 1), layer, nn.ReLU(), layer), torch.randn(1, 3, 5, 5)
+    )
     decisions = prune_input_grads(gm.graph, SDGPConfig())
     assert [d.pruned for d in decisions] == [True, True, False]
     assert len(gm.graph.find_nodes(op="call_function", target=PRUNE_NM)) == 2

@@ -31,12 +31,14 @@ def prune_nm(
     """
     groups = grad_output.movedim(1, -1).unflatten(-1, (grad_output.shape[1] // m, m))
     values = groups.to(torch.promote_types(groups.dtype, torch.float32))
-    if prune == "random":
-        result = torch.where(random_keep(groups.shape, seed, n), groups, 0)
-    elif prune == "magnitude":
+    if prune == "magnitude":
         result = torch.where(magnitude_keep(groups, n), groups, 0)
     elif prune == "rescaled_magnitude":
         result = rescaled_magnitude(values, n, rescale)
+    elif seed is None:
+        raise ValueError(f"seed: expected one int64 for prune = {prune!r}, got None")
+    elif prune == "random":
+        result = torch.where(random_keep(groups.shape, seed, n), groups, 0)
     else:
         result = mvue(values, uniform(values.shape[:-1], seed), n)
     pruned = result.to(groups.dtype).flatten(-2).movedim(-1, 1)
@@ -57,7 +59,9 @@ def magnitude_keep(values: Tensor, n: int) -> Tensor:
 def random_keep(shape: torch.Size, seed: Tensor, n: int) -> Tensor:
     """n of m positions, each set of n as likely as any other (section III-B)."""
     m = shape[-1]
-    words = [philox(seed, group_index(shape[:-1], seed.device), block) for block in range(-(-m // 4))]
+    words = [
+        philox(seed, group_index(shape[:-1], seed.device), block) for block in range(-(-m // 4))
+    ]
     scores = torch.stack([word for block in words for word in block], dim=-1)[..., :m]
     return largest(scores >> 6, n)
 
@@ -104,16 +108,15 @@ def mvue(values: Tensor, uniform: Tensor, n: int) -> Tensor:
         room, rest = n - group_sum(certain.to(size.dtype)), group_sum(size.masked_fill(certain, 0))
 
     density = room / rest.masked_fill(rest == 0, 1)
-    keep, before = [], -uniform >> UNIFORM_BITS
+    sampled, before = [], -uniform >> UNIFORM_BITS
     for prefix in itertools.accumulate(size.masked_fill(certain, 0).unbind(-1)):
         share = torch.where(prefix == rest, room, torch.minimum(prefix * density, room))
         share = share.masked_fill(~finite | (rest == 0), 0)
         passed = ((share * 2**UNIFORM_BITS).long() - uniform) >> UNIFORM_BITS
-        keep.append(passed > before)
+        sampled.append(passed > before)
         before = passed
-    keep = torch.stack(keep, dim=-1) & ~certain
-    sampled = torch.where(keep, torch.copysign((rest / room).unsqueeze(-1), values), 0)
-    unbiased = torch.where(certain, values, sampled)
+    step = torch.copysign((rest / room).unsqueeze(-1), values)
+    unbiased = torch.where(certain, values, torch.where(torch.stack(sampled, dim=-1), step, 0))
     by_magnitude = torch.where(magnitude_keep(values, n), values, 0)
     return torch.where(finite.unsqueeze(-1), unbiased, by_magnitude)
 

@@ -1,11 +1,12 @@
 """n:m pruning on the GPU.
 
 Each kernel brings the m values of a group into m registers of one thread, chooses with
-minimum/maximum networks (no branches, nothing through shared memory for the group), and
-writes the group back where it came from. Two memory formats are read in place:
+minimum/maximum networks, without branches, and writes the group back where it came from. Two
+memory formats are read in place:
 
 - channels last: a group is m neighbours in memory, so a tile is one run of it, in 16-byte
-  accesses, taken apart in registers;
+  accesses, taken apart in registers; only groups longer than an access change threads, through
+  shared memory;
 - NCHW: a group is m planes, so a tile is m runs, one of each plane.
 
 Scope "group" is one launch that reads and writes the gradient once. Scope "feature_map" is one
@@ -354,7 +355,9 @@ def _tile(
         place = tl.arange(0, ROWS * COLUMNS)
         position = row + place // COLUMNS
         channel = first_channel + place % COLUMNS
-        return position.to(tl.int64) * channels + channel, (position < spatial) & (channel < channels)
+        return position.to(tl.int64) * channels + channel, (position < spatial) & (
+            channel < channels
+        )
     else:
         position = row + tl.arange(0, ROWS)
         return first_channel.to(tl.int64) * spatial + position, position < spatial
@@ -366,9 +369,10 @@ def _load_tile(x_ptr, offsets, mask, spatial, M: tl.constexpr, CHANNELS_LAST: tl
     if CHANNELS_LAST:
         return tl.load(x_ptr + offsets, mask=mask, other=0.0)
     else:
+        step = spatial.to(tl.int64)
         values = ()
         for i in tl.static_range(M):
-            values = values + (tl.load(x_ptr + offsets + i * spatial, mask=mask, other=0.0),)
+            values = values + (tl.load(x_ptr + offsets + i * step, mask=mask, other=0.0),)
         return _zip(values, M)
 
 
@@ -434,8 +438,9 @@ def _feature_map_kernel(
         if CHANNELS_LAST:
             tl.store(out_ptr + sample + offsets, _zip(result, M), mask=mask)
         else:
+            step = spatial.to(tl.int64)
             for i in tl.static_range(M):
-                tl.store(out_ptr + sample + offsets + i * spatial, result[i], mask=mask)
+                tl.store(out_ptr + sample + offsets + i * step, result[i], mask=mask)
 
 
 @triton.jit

@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections import Counter
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import fx
@@ -56,6 +56,22 @@ class Decision:
     reason: str
 
 
+class _Arguments(NamedTuple):
+    """Of aten.convolution_backward."""
+
+    grad_output: fx.Node
+    input: fx.Node
+    weight: fx.Node
+    bias_sizes: Any
+    stride: Any
+    padding: Any
+    dilation: Any
+    transposed: bool
+    output_padding: Any
+    groups: int
+    output_mask: Sequence[bool]  # input, weight, bias
+
+
 def prune_input_grads(graph: fx.Graph, config: SDGPConfig) -> list[Decision]:
     """Rewrite graph in place; return a Decision for each convolution, in the graph's order.
 
@@ -63,8 +79,8 @@ def prune_input_grads(graph: fx.Graph, config: SDGPConfig) -> list[Decision]:
     has been rewritten before is left as it is, with the same decisions.
     """
     found = graph.find_nodes(op="call_function", target=CONVOLUTION_BACKWARD)
-    rewritten = {_without_input_grad(node) for node in found if _is_pruned(node)}
-    layers = [node for node in found if _is_pruned(node) or _operands(node) not in rewritten]
+    halves = {_other_half(node) for node in found if _is_pruned(node)}
+    layers = [node for node in found if _is_pruned(node) or _operands(node) not in halves]
     reasons = {node: "" if _is_pruned(node) else _reason_dense(node, config) for node in layers}
 
     to_prune = [node for node in layers if not reasons[node] and not _is_pruned(node)]
@@ -80,9 +96,10 @@ def prune_input_grads(graph: fx.Graph, config: SDGPConfig) -> list[Decision]:
 
 def _reason_dense(node: fx.Node, config: SDGPConfig) -> str:
     """Why the layer of this convolution_backward can't be pruned; "" if it can."""
-    grad_output = node.args[0].meta["val"]
-    channels, groups = grad_output.shape[1], node.args[9]
-    if not node.args[10][0] or not _outputs(node, 0):
+    args = _arguments(node)
+    grad_output = args.grad_output.meta["val"]
+    channels = grad_output.shape[1]
+    if not args.output_mask[0] or not _outputs(node, 0):
         return NO_INPUT_GRADIENT
     if config.n == config.m:
         return KEEPS_ALL
@@ -90,34 +107,36 @@ def _reason_dense(node: fx.Node, config: SDGPConfig) -> str:
         return EXCLUDED
     if not op.supports_dtype(grad_output.dtype, grad_output.device):
         return DTYPE
-    if statically_known_true(channels == groups):
+    if statically_known_true(channels == args.groups):
         return DEPTHWISE
-    if not statically_known_true(channels % (groups * config.m) == 0):
+    if not statically_known_true(channels % (args.groups * config.m) == 0):
         return NOT_A_MULTIPLE
     return ""
 
 
 def _rewrite(graph: fx.Graph, node: fx.Node, seed: fx.Node | None, config: SDGPConfig) -> None:
     """Split node into its input gradient, of the pruned grad_output, and the rest as it was."""
-    grad_output, mask, values = node.args[0], node.args[10], node.meta["val"]
+    args = _arguments(node)
+    values = node.meta["val"]
+    settings = (config.n, config.m, config.prune, config.rescale, args.groups)
     with graph.inserting_before(node):
         pruned = _call(
             graph,
             PRUNE_NM,
-            (grad_output, seed, config.n, config.m, config.prune, config.rescale, node.args[9]),
-            torch.empty_like(grad_output.meta["val"]),
+            (args.grad_output, seed, *settings),
+            torch.empty_like(args.grad_output.meta["val"]),
             node,
         )
         input_grad = _call(
             graph,
             CONVOLUTION_BACKWARD,
-            (pruned, *node.args[1:10], [True, False, False]),
+            tuple(args._replace(grad_output=pruned, output_mask=[True, False, False])),
             (values[0], None, None),
             node,
         )
     for output in _outputs(node, 0):
         output.update_arg(0, input_grad)
-    node.update_arg(10, [False, *mask[1:]])
+    node.args = tuple(args._replace(output_mask=[False, *args.output_mask[1:]]))
     node.meta["val"] = (None, *values[1:])
 
 
@@ -127,31 +146,26 @@ def _draw_seeds(graph: fx.Graph, layers: list[fx.Node]) -> dict[fx.Node, fx.Node
     The draw is an ordinary random operator of the backward: it follows torch.manual_seed, and
     a captured CUDA graph replays it with fresh numbers.
     """
-    device = {node: node.args[0].meta["val"].device for node in layers}
-    drawn: dict[torch.device, fx.Node] = {}
-    taken: Counter[torch.device] = Counter()
-    seeds = {}
+    on_device: dict[torch.device, list[fx.Node]] = {}
     for node in layers:
-        grad_output, where = node.args[0].meta["val"], device[node]
-        with graph.inserting_before(node):
-            if where not in drawn:
-                count = sum(other == where for other in device.values())
-                drawn[where] = _call(
-                    graph,
-                    torch.ops.aten.randint.default,
-                    (2**63 - 1, [count]),
-                    grad_output.new_empty((count,), dtype=torch.int64),
-                    node,
-                    {"dtype": torch.int64, "device": where, "pin_memory": False},
-                )
-            seeds[node] = _call(
+        grad_output = _arguments(node).grad_output.meta["val"]
+        on_device.setdefault(grad_output.device, []).append(node)
+    seeds = {}
+    for device, nodes in on_device.items():
+        like = _arguments(nodes[0]).grad_output.meta["val"]
+        with graph.inserting_before(nodes[0]):
+            drawn = _call(
                 graph,
-                torch.ops.aten.select.int,
-                (drawn[where], 0, taken[where]),
-                drawn[where].meta["val"][taken[where]],
-                node,
+                torch.ops.aten.randint.default,
+                (2**63 - 1, [len(nodes)]),
+                like.new_empty((len(nodes),), dtype=torch.int64),
+                nodes[0],
+                {"dtype": torch.int64, "device": device, "pin_memory": False},
             )
-        taken[where] += 1
+        for i, node in enumerate(nodes):
+            with graph.inserting_before(node):
+                value = drawn.meta["val"][i]
+                seeds[node] = _call(graph, torch.ops.aten.select.int, (drawn, 0, i), value, node)
     return seeds
 
 
@@ -170,6 +184,10 @@ def _call(
     return node
 
 
+def _arguments(node: fx.Node) -> _Arguments:
+    return _Arguments(*cast(Any, node.args))
+
+
 def _outputs(node: fx.Node, index: int) -> list[fx.Node]:
     return [
         user for user in node.users if user.target is operator.getitem and user.args[1] == index
@@ -178,26 +196,30 @@ def _outputs(node: fx.Node, index: int) -> list[fx.Node]:
 
 def _is_pruned(node: fx.Node) -> bool:
     """Whether node is the input gradient of a layer that this pass has rewritten."""
-    return node.args[0].target is PRUNE_NM and list(node.args[10]) == [True, False, False]
+    args = _arguments(node)
+    return args.grad_output.target is PRUNE_NM and list(args.output_mask) == [True, False, False]
 
 
 def _operands(node: fx.Node) -> tuple[Any, ...]:
-    """What tells one call of a layer from another: grad_output, input, weight, input gradient."""
-    return (*node.args[:3], node.args[10][0])
+    """What tells one call of a layer from another, and the halves of a rewritten one."""
+    args = _arguments(node)
+    return (args.grad_output, args.input, args.weight, args.output_mask[0])
 
 
-def _without_input_grad(pruned: fx.Node) -> tuple[Any, ...]:
-    """The operands of the other half of a layer that is pruned already."""
-    return (pruned.args[0].args[0], *pruned.args[1:3], False)
+def _other_half(pruned: fx.Node) -> tuple[Any, ...]:
+    """The operands of the half of a rewritten layer that keeps the dense gradient."""
+    args = _arguments(pruned)
+    return (args.grad_output.args[0], args.input, args.weight, False)
 
 
 def _decision(node: fx.Node, reason: str) -> Decision:
+    args = _arguments(node)
     return Decision(
         module=_module_name(node),
-        grad_output=_shape(node.args[0]),
-        weight=_shape(node.args[2]),
-        groups=node.args[9],
-        transposed=node.args[7],
+        grad_output=_shape(args.grad_output),
+        weight=_shape(args.weight),
+        groups=args.groups,
+        transposed=args.transposed,
         pruned=not reason,
         reason=reason,
     )
