@@ -1,0 +1,126 @@
+"""What users and maintainers rely on besides the numbers: imports, names, README, CI."""
+
+import ast
+import dataclasses
+import importlib.metadata
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import sdgp_fx
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "sdgp_fx"
+README = (ROOT / "README.md").read_text()
+
+# Who may import whom, so that imports run one way.
+ALLOWED = {
+    "__init__": {"config", "backend", "explanation", "kernels.op"},
+    "__main__": {"config", "demo"},
+    "demo": {"explanation", "passes.prune_input_grads"},
+    "explanation": {"config", "passes.prune_input_grads"},
+    "backend": {"config", "passes.prune_input_grads"},
+    "passes.prune_input_grads": {"config", "kernels.op"},
+    "kernels.op": {"config", "kernels.reference", "kernels.triton_prune"},
+    "kernels.reference": set(),
+    "kernels.triton_prune": set(),
+    "config": set(),
+}
+
+
+def relative_imports(path):
+    """The modules of this package that a file imports, without the package's name."""
+    here = path.relative_to(PACKAGE).parent.parts
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = here[: len(here) - node.level + 1]
+            base += tuple(node.module.split(".")) if node.module else ()
+            for alias in node.names:
+                imported = (*base, alias.name)
+                is_module = PACKAGE.joinpath(*imported).with_suffix(".py").exists()
+                yield ".".join(imported if is_module else base)
+
+
+def test_imports_run_one_way():
+    files = [path for path in PACKAGE.rglob("*.py") if path.read_text().strip()]
+    found = {}
+    for path in files:
+        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+        found[name] = set(relative_imports(path))
+    assert found.keys() == ALLOWED.keys()
+    for name, imports in found.items():
+        assert imports <= ALLOWED[name], name
+    assert found["kernels.op"] == ALLOWED["kernels.op"]  # The search does find imports.
+
+
+def run_python(code, **kwargs):
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, **kwargs
+    )
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    code = "import sdgp_fx, sys; print(sorted({'torch', 'triton', 'timm'} & set(sys.modules)))"
+    assert run_python(code).stdout.strip() == "[]"
+
+
+def test_the_pass_on_the_cpu_does_not_import_triton_kernels():
+    code = """
+import sys, torch, sdgp_fx
+sdgp_fx.prune(torch.randn(1, 4, 2))
+assert "sdgp_fx.kernels.op" in sys.modules
+print("sdgp_fx.kernels.triton_prune" in sys.modules)
+"""
+    assert run_python(code).stdout.strip() == "False"
+
+
+def test_public_names():
+    assert sorted(sdgp_fx.__all__) == ["SDGPConfig", "explain", "prune", "sdgp"]
+    for name in sdgp_fx.__all__:
+        assert callable(getattr(sdgp_fx, name))
+        assert getattr(sdgp_fx, name).__doc__
+    assert set(sdgp_fx.__all__) <= set(dir(sdgp_fx))
+    with pytest.raises(AttributeError, match="no attribute 'prone'"):
+        _ = sdgp_fx.prone
+
+
+def test_entry_point():
+    (entry,) = importlib.metadata.entry_points(group="torch_dynamo_backends", name="sdgp")
+    assert entry.load() is sdgp_fx.sdgp
+
+
+def test_marked_as_typed():
+    assert (PACKAGE / "py.typed").exists()
+
+
+def test_readme_lists_every_option_with_its_default():
+    rows = re.findall(r"^\| (`sdgp\..*?) \| (.*?) \|", README, re.M)
+    listed = {}
+    for names, defaults in rows:
+        for name, default in zip(names.split(", "), defaults.split(", "), strict=True):
+            listed[name.strip("`").removeprefix("sdgp.")] = default.strip("`")
+    defaults = dataclasses.asdict(sdgp_fx.SDGPConfig())
+    defaults |= {"include": ",".join(defaults["include"]), "exclude": "none"}
+    assert listed == {name: str(value) for name, value in defaults.items()}
+
+
+def test_readme_examples_run():
+    examples = re.findall(r"```python\n(.*?)```", README.split("## Use it")[1], re.S)
+    assert len(examples) == 2
+    run = run_python("\n".join(examples), env={**os.environ, "SDGP_INNER": "aot_eager"})
+    assert run.returncode == 0, run.stderr
+    assert "layer4.1.conv2 pruned" in run.stdout
+    assert "conv1 dense: no input gradient" in run.stdout
+
+
+def test_ci_runs_the_readmes_test_command():
+    commands = re.findall(r"^.*python -m pytest.*$", README, re.M)
+    assert commands == [
+        "python3 -m venv .venv && . .venv/bin/activate && "
+        'pip install -e ".[test]" && python -m pytest'
+    ]
+    assert "grep -m 1 'python -m pytest' README.md" in (ROOT / ".ci" / "run").read_text()
