@@ -18,13 +18,23 @@ from sdgp_fx.kernels import triton_prune
 CHANNELS = 256
 
 
-def compile_kernel(kernel, arguments, constants, capability):
-    """arguments: name -> Triton type; pointers and sizes are taken as multiples of 16."""
+def compile_kernel(kernel, arguments, constants, capability, sizes="multiples"):
+    """Compile as Triton does for a call with such arguments.
+
+    arguments: name -> Triton type.
+    sizes: "multiples" of 16, which pointers are too; "odd" ones; "wide", of 64 bits; or
+        "position", odd ones with the spatial size 1, which Triton makes a constant.
+    """
+    if sizes == "wide":
+        arguments = {k: "i64" if kind == "i32" else kind for k, kind in arguments.items()}
+    if sizes == "position":
+        arguments = {k: kind for k, kind in arguments.items() if k != "spatial"}
+        constants = {**constants, "spatial": 1}
     signature = {name: arguments.get(name, "constexpr") for name in kernel.arg_names}
     aligned = {
         (kernel.arg_names.index(name),): [["tt.divisibility", 16]]
-        for name in arguments
-        if name != "seed_ptr"
+        for name, kind in arguments.items()
+        if name != "seed_ptr" and (sizes == "multiples" or kind.startswith("*"))
     }
     return triton.compile(
         ASTSource(kernel, signature, constants, aligned),
@@ -33,7 +43,7 @@ def compile_kernel(kernel, arguments, constants, capability):
     )
 
 
-def prune_kernel(dtype, n, m, prune, channels_last, capability, scope="group"):
+def prune_kernel(dtype, n, m, prune, channels_last, capability, scope="group", **kwargs):
     arguments = {"x_ptr": f"*{dtype}", "out_ptr": f"*{dtype}"}
     arguments |= {"size": "i32", "channels": "i32", "spatial": "i32"}
     constants = {"N": n, "M": m, "PRUNE": prune, "CHANNELS_LAST": channels_last}
@@ -46,10 +56,10 @@ def prune_kernel(dtype, n, m, prune, channels_last, capability, scope="group"):
             arguments[name] = kind
         else:
             constants[name] = None
-    return compile_kernel(triton_prune._prune_kernel, arguments, constants, capability)
+    return compile_kernel(triton_prune._prune_kernel, arguments, constants, capability, **kwargs)
 
 
-def scope_kernel(kernel, dtype, n, m, channels_last, capability):
+def scope_kernel(kernel, dtype, n, m, channels_last, capability, **kwargs):
     arguments = {"x_ptr": f"*{dtype}", "channels": "i32", "spatial": "i32"}
     if kernel is triton_prune._feature_map_kernel:
         arguments["out_ptr"] = f"*{dtype}"
@@ -57,7 +67,7 @@ def scope_kernel(kernel, dtype, n, m, channels_last, capability):
         arguments |= {"sums_ptr": "*fp32", "chunk": "i32"}
     rows, columns = triton_prune.scope_tile(m, CHANNELS, channels_last)
     constants = {"N": n, "M": m, "CHANNELS_LAST": channels_last, "ROWS": rows, "COLUMNS": columns}
-    return compile_kernel(kernel, arguments, constants, capability)
+    return compile_kernel(kernel, arguments, constants, capability, **kwargs)
 
 
 def describe(compiled):
@@ -109,6 +119,17 @@ def main():
             kernels[f"{sm} channels_last bf16 2:4 {name}"] = scope_kernel(
                 kernel, "bf16", 2, 4, True, capability
             )
+    for sizes in ("odd", "wide", "position"):
+        for channels_last in (True, False) if sizes != "position" else (True,):
+            layout = "channels_last" if channels_last else "nchw"
+            kernels[f"{layout} {sizes} mvue"] = prune_kernel(
+                "bf16", 2, 4, "mvue", channels_last, 90, sizes=sizes
+            )
+            for name in ("feature_map", "channel_sums"):
+                kernel = getattr(triton_prune, f"_{name}_kernel")
+                kernels[f"{layout} {sizes} {name}"] = scope_kernel(
+                    kernel, "bf16", 2, 4, channels_last, 90, sizes=sizes
+                )
     # The most registers of all: 32 planes of float32, their keys and two sums for each.
     kernels["sm_90 nchw fp32 16:32 feature_map"] = scope_kernel(
         triton_prune._feature_map_kernel, "fp32", 16, 32, False, 90

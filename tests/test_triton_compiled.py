@@ -72,3 +72,9 @@ def test_wider_scopes_read_the_gradient_in_16_bytes(kernels):
     for name in ("factor", "feature_map", "channel_sums"):
         for kernel in select(kernels, "channels_last", "bf16", name).values():
             assert set(kernel["loads"]) == {16}
+
+
+@pytest.mark.parametrize("sizes", ["odd", "wide", "position"])
+def test_sizes_that_triton_compiles_for_apart_compile_too(kernels, sizes):
+    """The interpreter makes no difference between them, the compiler does."""
+    assert len(select(kernels, sizes)) == (3 if sizes == "position" else 6)
