@@ -9,6 +9,7 @@ import re
 import subprocess
 import tempfile
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -68,6 +69,43 @@ def scope_kernel(kernel, dtype, n, m, channels_last, capability, **kwargs):
     rows, columns = triton_prune.scope_tile(m, CHANNELS, channels_last)
     constants = {"N": n, "M": m, "CHANNELS_LAST": channels_last, "ROWS": rows, "COLUMNS": columns}
     return compile_kernel(kernel, arguments, constants, capability, **kwargs)
+
+
+class Driver:
+    """Answers for a GPU that isn't there what Triton asks before it compiles for a launch."""
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device=None):
+        return 0
+
+
+def launched_kernels():
+    """Every kernel that the launchers launch, compiled for their very arguments, not run."""
+    triton.runtime.driver._active = triton.runtime.driver._default = Driver()
+    compiled = {}
+    label = None
+
+    def launch(kernel, grid):
+        def record(*args, **kwargs):
+            compiled[f"{label} {kernel.fn.__name__}"] = kernel.warmup(*args, grid=grid, **kwargs)
+
+        return record
+
+    type(triton_prune._prune_kernel).__getitem__ = launch
+    seed = torch.tensor([3])
+    for layout in (torch.channels_last, torch.contiguous_format):
+        x = torch.randn(4, 64, 16, 16).bfloat16().to(memory_format=layout)
+        for prune in ("random", "magnitude", "rescaled_magnitude", "mvue"):
+            for rescale in ("group", "feature_map", "channel"):
+                if rescale == "group" or prune == "rescaled_magnitude":
+                    label = f"launched {str(layout).removeprefix('torch.')} {prune} {rescale}"
+                    triton_prune.prune_nm(x, seed, 2, 4, prune, rescale)
+    return compiled
 
 
 def describe(compiled):
@@ -134,6 +172,7 @@ def main():
     kernels["sm_90 nchw fp32 16:32 feature_map"] = scope_kernel(
         triton_prune._feature_map_kernel, "fp32", 16, 32, False, 90
     )
+    kernels |= launched_kernels()
     print(json.dumps({name: describe(kernel) for name, kernel in kernels.items()}, indent=1))
 
 

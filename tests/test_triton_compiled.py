@@ -78,3 +78,22 @@ def test_wider_scopes_read_the_gradient_in_16_bytes(kernels):
 def test_sizes_that_triton_compiles_for_apart_compile_too(kernels, sizes):
     """The interpreter makes no difference between them, the compiler does."""
     assert len(select(kernels, sizes)) == (3 if sizes == "position" else 6)
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous_format"])
+def test_launchers_pass_what_the_kernels_take(kernels, layout):
+    """One launch for scope "group" and "feature_map", two for "channel"."""
+    launched = select(kernels, "launched", layout)
+    assert sorted(name.partition(f"{layout} ")[2] for name in launched) == [
+        "magnitude group _prune_kernel",
+        "mvue group _prune_kernel",
+        "random group _prune_kernel",
+        "rescaled_magnitude channel _channel_sums_kernel",
+        "rescaled_magnitude channel _prune_kernel",
+        "rescaled_magnitude feature_map _feature_map_kernel",
+        "rescaled_magnitude group _prune_kernel",
+    ]
+    for name, kernel in launched.items():
+        if "_prune_kernel" in name and "channel _" not in name:
+            assert set(kernel["loads"]) <= {16, 8}, name  # 8: the seed
+            assert set(kernel["stores"]) == {16}, name
