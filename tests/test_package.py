@@ -109,6 +109,7 @@ def test_readme_lists_every_option_with_its_default():
 
 
 def test_readme_examples_run():
+    pytest.importorskip("timm", reason="needs timm")
     examples = re.findall(r"```python\n(.*?)```", README.split("## Use it")[1], re.S)
     assert len(examples) == 2
     run = run_python("\n".join(examples), env={**os.environ, "SDGP_INNER": "aot_eager"})
