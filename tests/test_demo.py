@@ -1,6 +1,5 @@
 """`python -m sdgp_fx demo`: a short run, what it refuses, and Ctrl-C."""
 
-import contextlib
 import hashlib
 import io
 import math
@@ -112,6 +111,7 @@ def test_both_see_the_same_batches(tmp_path, drawn):
         (["--model", "test_vit", "--size", "8"], "--size 160"),
         (["--data", "cifar10"], "--root"),
         (["--batch-size", "1438"], "1437"),
+        (["--batch-size", "1"], "expected 2"),
         (["--epochs", "0"], "--epochs"),
         (["--lr", "nan"], "--lr"),
         (["--device", "meta"], "--device"),
@@ -213,17 +213,22 @@ def test_an_interrupt_while_testing_leaves_what_was_measured(tmp_path, monkeypat
     assert (tmp_path / "p.png").exists()
 
 
-def test_aot_eager_stands_in_where_there_is_no_compiler(monkeypatch):
+@pytest.mark.parametrize("missing", ["C++ compiler", "Python's headers", ""])
+def test_aot_eager_stands_in_where_inductor_cant_compile(missing, tmp_path, monkeypatch):
     from torch._inductor import cpp_builder
     from torch._inductor.exc import InvalidCxxCompiler
 
-    def none_found():
-        raise InvalidCxxCompiler
+    def find_compiler():
+        if missing == "C++ compiler":
+            raise InvalidCxxCompiler
 
-    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none_found)
-    said = io.StringIO()
-    assert demo.find_inner(Console(file=said)) == "aot_eager"
-    assert "C++ compiler" in said.getvalue()
+    if missing != "Python's headers":
+        (tmp_path / "Python.h").touch()
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", find_compiler)
+    monkeypatch.setattr(demo.sysconfig, "get_path", lambda _: str(tmp_path))
+    console = Console(file=io.StringIO())
+    assert demo.find_inner(console) == ("aot_eager" if missing else "inductor")
+    assert missing in console.file.getvalue()
 
 
 @pytest.fixture
@@ -298,15 +303,28 @@ def test_images_are_normalised_and_resized():
     assert demo.prepare(data.images[:2], data, 32).shape == (2, 1, 32, 32)
 
 
-def test_a_terminal_gets_a_bar_and_a_file_gets_lines():
-    losses = {"dense": [0.5, 0.25], "SDGP": [0.5, 0.125]}
-    shown = {}
-    for terminal in (False, True):
-        file = io.StringIO()
-        console = Console(file=file, force_terminal=terminal, width=100)
-        with demo.display(console, 2) as show, contextlib.suppress(KeyboardInterrupt):
-            show("training", losses)
-        shown[terminal] = file.getvalue()
-    assert shown[False] == "training  2/2  dense 0.250  SDGP 0.125\n"
-    assert "\x1b[?25h" in shown[True]  # The cursor is back.
-    assert "dense 0.250  SDGP 0.125" in shown[True]
+def shown(steps, terminal):
+    """What a training of this many steps shows."""
+    losses = {"dense": [], "SDGP": []}
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=100)
+    with demo.display(console, steps) as show:
+        for step in range(steps):
+            for values in losses.values():
+                show("training", losses)
+                values.append(1 / (step + 1))
+        show("trained", losses)
+    return console.file.getvalue()
+
+
+def test_a_terminal_gets_a_bar():
+    text = shown(4, terminal=True)
+    assert "dense 0.250  SDGP 0.250" in text
+    assert "trained  4/4" not in text
+    assert text.endswith("\x1b[?25h")  # The cursor is back.
+
+
+def test_a_file_gets_a_few_lines():
+    lines = shown(400, terminal=False).splitlines()
+    assert lines[-1] == "trained  400/400  dense 0.003  SDGP 0.003"
+    assert 10 < len(lines) < 30
+    assert all(re.fullmatch(r"train(ing|ed)  \d+/400.*", line) for line in lines)

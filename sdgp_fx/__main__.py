@@ -1,0 +1,132 @@
+"""The command line: `python -m sdgp_fx --help`."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from .config import INNER_COMPILERS, PRUNING_FUNCTIONS, RESCALE_SCOPES, SDGPConfig
+
+_EXTRA = ("matplotlib", "rich", "sklearn", "timm", "torchvision")
+
+
+class _Parser(argparse.ArgumentParser):
+    """With errors of one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command in argv, sys.argv by default; return the exit code."""
+    args = _parser().parse_args(argv)
+    try:
+        args.run(args)
+    except argparse.ArgumentError as error:
+        args.fail(str(error))
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in _EXTRA:
+            raise
+        args.fail(f'{missing} is not installed: pip install "sdgp_fx[demo]"')
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
+        prog="python -m sdgp_fx",
+        description="Structured data gradient pruning as a torch.compile backend.",
+        epilog="example: python -m sdgp_fx demo --n 2 --m 4",
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_demo(commands)
+    return parser
+
+
+def _add_demo(commands: Any) -> None:
+    demo = commands.add_parser(
+        "demo",
+        help="train a network dense and with pruned gradients, side by side",
+        description="Train a timm network twice, dense and with pruned gradients (SDGP), from the "
+        "same weights and on the same batches. Ends with a table and a picture of both loss "
+        "curves; Ctrl-C ends it early, with what was measured so far.",
+        epilog="example: python -m sdgp_fx demo --n 1 --m 4 --prune mvue",
+    )
+    demo.set_defaults(run=_run_demo, fail=demo.error)
+
+    setting = demo.add_argument_group("setting of SDGP")
+    add = setting.add_argument
+    add("--n", type=int, default=2, help="values kept of every m channels (%(default)s)")
+    add("--m", type=int, default=4, help="channels in a group, a power of two (%(default)s)")
+    functions = f"one of {', '.join(PRUNING_FUNCTIONS)} (%(default)s)"
+    add("--prune", default="rescaled_magnitude", metavar="FUNCTION", help=functions)
+    scopes = f"of rescaled_magnitude: one of {', '.join(RESCALE_SCOPES)} (%(default)s)"
+    add("--rescale", default="group", metavar="SCOPE", help=scopes)
+
+    task = demo.add_argument_group("network and data")
+    add = task.add_argument
+    add("--model", default="resnet10t", metavar="NAME", help="a timm network (%(default)s)")
+    add(
+        "--data",
+        choices=("digits", "cifar10"),
+        default="digits",
+        help="scikit-learn's handwritten digits, or CIFAR-10 from --root (%(default)s)",
+    )
+    add("--root", type=Path, metavar="DIR", help="folder that has cifar-10-batches-py in it")
+    pixels = "height and width that images are resized to (%(default)s)"
+    add("--size", type=_positive(int), default=32, metavar="PIXELS", help=pixels)
+
+    training = demo.add_argument_group("training")
+    add = training.add_argument
+    count = _positive(int)
+    add("--epochs", type=count, default=15, help="passes over the data (%(default)s)")
+    add("--steps", type=count, help="training steps, instead of --epochs")
+    add("--batch-size", type=count, default=64, metavar="IMAGES", help="in a step (%(default)s)")
+    add("--lr", type=_positive(float), default=0.05, help="peak learning rate (%(default)s)")
+    add("--seed", type=int, default=0, help="of weights and batches (%(default)s)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 and so on (%(default)s)")
+    add(
+        "--inner",
+        choices=INNER_COMPILERS,
+        help="compiler of both networks (inductor if it finds a C++ compiler, else aot_eager)",
+    )
+    picture = "where the picture of the loss curves goes (%(default)s)"
+    add("--out", type=Path, default=Path("sdgp_demo.png"), metavar="PNG", help=picture)
+
+
+def _run_demo(args: argparse.Namespace) -> None:
+    args.options = {f"sdgp.{name}": getattr(args, name) for name in ("n", "m", "prune", "rescale")}
+    try:
+        SDGPConfig.from_options(args.options)
+    except ValueError as error:
+        raise argparse.ArgumentError(None, str(error)) from None
+    from .demo import run
+
+    run(args)
+
+
+def _positive(number: Callable[[str], Any]) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        try:
+            value = number(text)
+        except ValueError:
+            value = 0
+        if not value > 0:
+            raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+        return value
+
+    return parse
+
+
+if __name__ == "__main__":
+    code = main()
+    # The compilers' processes take seconds to end; an interrupt then has nothing left to stop.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.exit(code)
