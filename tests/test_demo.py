@@ -93,8 +93,13 @@ def test_a_short_run_learns_and_shows_what_it_measured(tmp_path, capsys, drawn):
 
 
 @pytest.mark.filterwarnings("ignore:sdgp pruned nothing")
-def test_both_see_the_same_batches(tmp_path, drawn):
+def test_both_see_the_same_batches_and_dropout(tmp_path, monkeypatch, drawn):
     """With n = m nothing else could tell them apart."""
+    build = demo.build_model
+    dropout = torch.nn.Dropout(0.5)
+    monkeypatch.setattr(
+        demo, "build_model", lambda *args: torch.nn.Sequential(build(*args), dropout)
+    )
     out = str(tmp_path / "p.png")
     assert main([*SHORT, "--steps", "4", "--n", "4", "--out", out]) == 0
     dense, sdgp = (result.losses for result in drawn)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -44,32 +46,16 @@ def prune_nm(
 
 
 @prune_nm.register_kernel("cuda")
-def _(
-    grad_output: Tensor,
-    seed: Tensor | None,
-    n: int,
-    m: int,
-    prune: str,
-    rescale: str,
-    groups: int,
-) -> Tensor:
+def _(grad_output: Tensor, *settings: Any) -> Tensor:
     from . import triton_prune
 
-    _check(grad_output, seed, n, m, prune, rescale, groups)
-    return triton_prune.prune_nm(grad_output, seed, n, m, prune, rescale)
+    _check(grad_output, *settings)
+    return triton_prune.prune_nm(grad_output, *settings[:-1])  # all but groups
 
 
 @prune_nm.register_fake
-def _(
-    grad_output: Tensor,
-    seed: Tensor | None,
-    n: int,
-    m: int,
-    prune: str,
-    rescale: str,
-    groups: int,
-) -> Tensor:
-    _check(grad_output, seed, n, m, prune, rescale, groups)
+def _(grad_output: Tensor, *settings: Any) -> Tensor:
+    _check(grad_output, *settings)
     return torch.empty_like(grad_output)
 
 
