@@ -28,7 +28,7 @@ _SOURCES = tuple(str(path) for path in sorted(Path(__file__).parent.rglob("*.py"
 
 
 class InvalidOption(ValueError, ShortenTraceback):
-    """A ValueError that Dynamo (torch 2.11 to 2.15) passes on as it is.
+    """A ValueError that Dynamo (checked on torch 2.11, 2.13 and 2.15) passes on as it is.
 
     Any exception of a backend but a ShortenTraceback reaches the user as a
     BackendCompilerFailed, which is no ValueError.
@@ -104,8 +104,8 @@ def _inductor(
     if not isinstance(before, (list, tuple)):
         before = (before,)
     options["joint_custom_pre_pass"] = PruneInputGrads(config, before)
-    # The class behind backend="inductor" (torch 2.11 to 2.15), so that modes, option names,
-    # their types and errors are Inductor's own. torch 2.15 has the argument name.
+    # The private class behind backend="inductor" (checked on torch 2.11, 2.13 and 2.15), so that
+    # modes, option names, their types and errors are Inductor's own. torch 2.15 has the name.
     named = {} if name is None else {"name": name}
     compile_graph = torch._TorchCompileInductorWrapper(mode, options, None, **named)
     return compile_graph(gm, example_inputs)
@@ -114,7 +114,10 @@ def _inductor(
 def _aot_eager(
     gm: fx.GraphModule, example_inputs: Sequence[Any], config: SDGPConfig
 ) -> Callable[..., Any]:
-    """AOTAutograd as the stock backend "aot_eager" sets it up, with the pass before the split."""
+    """AOTAutograd as the stock backend "aot_eager" sets it up, with the pass before the split.
+
+    Its parts are torch's own but private (checked on torch 2.11, 2.13 and 2.15).
+    """
     rewrite = PruneInputGrads(config)
 
     def partition(joint: fx.GraphModule, inputs: Any, **kwargs: Any) -> Any:
@@ -141,7 +144,7 @@ def _report(graph: fx.Graph, decisions: list[Decision]) -> None:
     """Log the decisions; warn if this is a training graph and nothing in it is pruned."""
     for decision in decisions:
         log.info("%s", decision)
-    # AOTAutograd (torch 2.11 to 2.15) names the incoming gradients of a joint graph tangents_*.
+    # AOTAutograd (checked on torch 2.11, 2.13 and 2.15) names a joint graph's tangents so.
     training = any(n.target.startswith("tangents") for n in graph.find_nodes(op="placeholder"))
     if training and not any(decision.pruned for decision in decisions):
         reasons = Counter(decision.reason for decision in decisions)

@@ -21,6 +21,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -33,6 +34,7 @@ from rich.progress import (
 from rich.table import Table
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
+from timm.models import PretrainedCfg
 from torch import Tensor, nn
 from torchvision.datasets import CIFAR10
 
@@ -269,7 +271,7 @@ def build_model(name: str, channels: int, size: int) -> nn.Module:
         hint = f"; close: {', '.join(close)}" if close else ""
         refuse(f"--model: timm has no {name!r}{hint}")
     arguments: dict[str, Any] = {"in_chans": channels, "num_classes": CLASSES}
-    default = timm.get_pretrained_cfg(name)
+    default = timm.get_pretrained_cfg(name) or PretrainedCfg()
     own = default.input_size[-1]
     if default.fixed_input_size and size != own:
         arguments["img_size"] = size
@@ -476,7 +478,7 @@ def draw(results: Sequence[Result], title: str, path: Path) -> None:
         axes.yaxis.set_major_formatter("{x:g}")
     axes.set_title(title.replace(": ", "\n"), loc="left", linespacing=1.4)
     axes.set_xlabel("training step")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel("training loss (cross entropy)")
     axes.grid(which="major", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)

@@ -40,7 +40,7 @@ def explain(
 
     backend = aot_autograd(fw_compiler=boxed_nop, bw_compiler=boxed_nop, partition_fn=partition)
     mode = FakeTensorMode()
-    with FakeCopyMode(mode):
+    with FakeCopyMode(mode):  # Private; checked on torch 2.11, 2.13 and 2.15.
         fake_model = copy.deepcopy(model)
     fake_inputs = tree_map_only(torch.Tensor, mode.from_tensor, inputs)
 
