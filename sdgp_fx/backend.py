@@ -87,7 +87,7 @@ def sdgp(
     ignored += [f"{key}={value!r}" for key, value in inductor_options.items()]
     if ignored:
         warnings.warn(f"sdgp.inner='aot_eager' ignores {', '.join(ignored)}", stacklevel=2)
-    return _aot_eager(gm, example_inputs, config)
+    return aot_eager(PruneInputGrads(config))(gm, example_inputs)
 
 
 def _inductor(
@@ -111,14 +111,12 @@ def _inductor(
     return compile_graph(gm, example_inputs)
 
 
-def _aot_eager(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], config: SDGPConfig
-) -> Callable[..., Any]:
-    """AOTAutograd as the stock backend "aot_eager" sets it up, with the pass before the split.
+def aot_eager(rewrite: Callable[[fx.Graph], Any]) -> Callable[..., Any]:
+    """A backend: AOTAutograd as the stock "aot_eager" sets it up, and rewrite in between.
 
-    Its parts are torch's own but private (checked on torch 2.11, 2.13 and 2.15).
+    rewrite: gets every joint graph before its split, and every inference graph, to change it.
+    The parts are torch's own but private (checked on torch 2.11, 2.13 and 2.15).
     """
-    rewrite = PruneInputGrads(config)
 
     def partition(joint: fx.GraphModule, inputs: Any, **kwargs: Any) -> Any:
         rewrite(joint.graph)
@@ -130,14 +128,13 @@ def _aot_eager(
         graph.recompile()
         return boxed_nop(graph, inputs)
 
-    compile_graph = aot_autograd(
+    return aot_autograd(
         fw_compiler=boxed_nop,
         bw_compiler=boxed_nop,
         inference_compiler=compile_inference,
         partition_fn=partition,
         keep_inference_input_mutations=True,
     )
-    return compile_graph(gm, example_inputs)
 
 
 def _report(graph: fx.Graph, decisions: list[Decision]) -> None:

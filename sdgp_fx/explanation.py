@@ -6,13 +6,10 @@ import copy
 from typing import Any
 
 import torch
-from torch import fx
-from torch._dynamo.backends.common import aot_autograd
-from torch._dynamo.backends.debugging import boxed_nop
-from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
+from .backend import aot_eager
 from .config import SDGPConfig
 from .passes.prune_input_grads import Decision, prune_input_grads
 
@@ -33,12 +30,7 @@ def explain(
     config, _ = SDGPConfig.from_options(options)
     decisions: list[Decision] = []
 
-    def partition(joint: fx.GraphModule, joint_inputs: Any, **kwargs: Any) -> Any:
-        decisions.extend(prune_input_grads(joint.graph, config))
-        joint.recompile()
-        return min_cut_rematerialization_partition(joint, joint_inputs, **kwargs)
-
-    backend = aot_autograd(fw_compiler=boxed_nop, bw_compiler=boxed_nop, partition_fn=partition)
+    backend = aot_eager(lambda graph: decisions.extend(prune_input_grads(graph, config)))
     mode = FakeTensorMode()
     with FakeCopyMode(mode):  # Private; checked on torch 2.11, 2.13 and 2.15.
         fake_model = copy.deepcopy(model)

@@ -22,7 +22,7 @@ ALLOWED = {
     "__init__": {"config", "backend", "explanation", "kernels.op"},
     "__main__": {"config", "demo"},
     "demo": {"explanation", "passes.prune_input_grads"},
-    "explanation": {"config", "passes.prune_input_grads"},
+    "explanation": {"backend", "config", "passes.prune_input_grads"},
     "backend": {"config", "passes.prune_input_grads"},
     "passes.prune_input_grads": {"config", "kernels.op"},
     "kernels.op": {"config", "kernels.reference", "kernels.triton_prune"},
