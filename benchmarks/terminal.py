@@ -1,0 +1,82 @@
+"""Progress and tables: by rich on a terminal, as plain lines in a file or where rich is missing."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def find_console() -> Console | None:
+    """rich's console, if it is installed and the output goes to a terminal."""
+    if not sys.stdout.isatty():
+        return None
+    try:
+        from rich.console import Console
+    except ImportError:
+        return None
+    return Console()
+
+
+@contextlib.contextmanager
+def progress(total: int) -> Iterator[Callable[[str], None]]:
+    """A function to call with the name of each of total tasks as it begins."""
+    console = find_console()
+    if console is None:
+        begun = 0
+
+        def begin(name: str) -> None:
+            nonlocal begun
+            begun += 1
+            print(f"{begun}/{total} {name}", file=sys.stderr, flush=True)
+
+        yield begin
+        return
+
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+    )
+
+    with Progress(
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}", markup=False),
+        console=console,
+    ) as bar:
+        task = bar.add_task("", total=total, completed=-1)
+
+        def begin(name: str) -> None:
+            bar.update(task, description=name, advance=1)
+
+        yield begin
+        bar.update(task, completed=total, description="")
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print cells under their headers; the first column is text, the others are numbers."""
+    console = find_console()
+    if console is None:
+        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+        for first, *rest in (header, *rows):
+            cells = [first.ljust(widths[0])]
+            cells += [cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)]
+            print("  ".join(cells).rstrip())
+        return
+
+    from rich.table import Table
+
+    table = Table()
+    for i, name in enumerate(header):
+        table.add_column(name, justify="right" if i else "left")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)

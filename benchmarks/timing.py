@@ -1,0 +1,138 @@
+"""Times of functions, taken in turn in one process, and the memory they need."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from time import perf_counter
+from typing import Any, TypeVar
+
+import torch
+
+K = TypeVar("K")
+T = TypeVar("T")
+
+# What must be touched between two uses of a tensor so that it is read from memory again: five
+# times the L2 cache of the largest GPU known here (50 MiB).
+_COLD = 256 * 2**20
+_FEWEST, _MOST = 5, 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Seconds of one call: median and quartiles of so many samples."""
+
+    median: float
+    low: float
+    high: float
+    samples: int
+
+
+def measure(
+    functions: Mapping[K, Callable[[], Any]],
+    device: torch.device,
+    seconds: float,
+    calls: int = 1,
+) -> dict[K, Timing]:
+    """Time functions in turn, so that what slows the machine down meets all of them alike.
+
+    seconds: about how long this takes, after two rounds of warm-up; a function runs 5 times at
+        least, and 1000 times at most.
+    calls: how often a function does its work each time it is called.
+
+    On CUDA only the end is waited for, not every function: the GPU then always has work queued,
+    and what is timed is the GPU, or Python where that is the slower of the two.
+    """
+    cuda = device.type == "cuda"
+    mark = _event if cuda else perf_counter
+    wait = torch.cuda.synchronize if cuda else _nothing
+
+    def run_round() -> list[tuple[Any, Any]]:
+        marks = []
+        for function in functions.values():
+            start = mark()
+            function()
+            marks.append((start, mark()))
+        return marks
+
+    run_round()
+    wait()
+    begin = perf_counter()
+    run_round()
+    wait()
+    rounds = int(seconds / (perf_counter() - begin))
+    samples = [run_round() for _ in range(max(_FEWEST, min(rounds, _MOST)))]
+    wait()
+    return {
+        name: _summarize([_elapsed(start, end) / calls for start, end in column])
+        for name, column in zip(functions, zip(*samples, strict=True), strict=True)
+    }
+
+
+def cold(make: Callable[[], T], size: int, device: torch.device) -> list[T]:
+    """Results of make, of size bytes each: enough to find none in the cache when used in turn.
+
+    Going through several tensors does without a kernel that flushes the cache between two calls,
+    so that any number of calls can be timed as one. On the CPU one result is enough: what runs
+    there is no measurement of memory.
+    """
+    return [make() for _ in range(-(-_COLD // size) if device.type == "cuda" else 1)]
+
+
+def back_to_back(calls: Sequence[Callable[[], Any]], device: torch.device) -> Callable[[], None]:
+    """One function that makes all calls, without a pause between them.
+
+    On CUDA it replays a graph of them: a call from Python takes longer than many kernels run,
+    and events around it would time Python. No result shares memory with another, which would
+    keep it in the cache.
+    """
+    if device.type != "cuda":
+
+        def run() -> None:
+            for call in calls:
+                call()
+
+        return run
+
+    calls[0]()  # What compiles a kernel or chooses an algorithm can't be captured.
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    results = []
+    with torch.cuda.graph(graph):
+        for call in calls:
+            results.append(call())
+    return graph.replay
+
+
+def peak_memory(function: Callable[[], Any], device: torch.device) -> int | None:
+    """The most bytes that function has allocated, beyond those that were before; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    function()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def _event() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _elapsed(start: Any, end: Any) -> float:
+    if isinstance(start, torch.cuda.Event):
+        return start.elapsed_time(end) / 1e3
+    return end - start
+
+
+def _nothing() -> None:
+    pass
+
+
+def _summarize(samples: Sequence[float]) -> Timing:
+    low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
+    return Timing(median, low, high, len(samples))
