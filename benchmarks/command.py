@@ -56,11 +56,11 @@ class Parser(argparse.ArgumentParser):
         """Add --out."""
         self.add_argument("--out", type=Path, metavar="FILE", help="JSON file, saved row by row")
 
-    def add_models(self, default: Sequence[str], batch: int = 256) -> None:
+    def add_models(self, default: Sequence[str]) -> None:
         """Add --model, --batch and --size."""
         add = self.add_argument
         self.add_list("--model", "models", default, metavar="NAME", help="timm network")
-        add("--batch", type=positive(int), default=batch, metavar="IMAGES", help="(%(default)s)")
+        add("--batch", type=positive(int), default=256, metavar="IMAGES", help="(%(default)s)")
         add("--size", type=positive(int), default=224, metavar="PIXELS", help="(%(default)s)")
 
     def add_dtype(self, choices: Sequence[str], default: str, help: str = "") -> None:

@@ -137,7 +137,7 @@ def headline(rows: Sequence[Row]) -> list[str]:
     shares: dict[str, dict[str, list[float]]] = {}
     for row in rows:
         function = " ".join(filter(None, (row["prune"], row["rescale"])))
-        line = shares.setdefault(f"{row['n']}:{row['m']} {row['memory_format']}", {})
+        line = shares.setdefault(f"{row['n']}:{row['m']} {row['dtype']} {row['memory_format']}", {})
         line.setdefault(function, []).append(row["share_of_copy"])
     return [
         f"prune {name}, share of copy bandwidth: "
@@ -187,7 +187,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="pruning function",
     )
     parser.add_list("--m", "ms", M, type=int, choices=M, metavar="M", help="channels in a group")
-    everything = "every function, scope and m for every shape, which takes an hour"
+    everything = "every function, scope and m for every shape"
     parser.add_argument("--all", dest="everything", action="store_true", help=everything)
     parser.add_seconds(0.5)
     parser.add_out()

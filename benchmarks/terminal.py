@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -27,14 +28,8 @@ def progress(total: int) -> Iterator[Callable[[str], None]]:
     """A function to call with the name of each of total tasks as it begins."""
     console = find_console()
     if console is None:
-        begun = 0
-
-        def begin(name: str) -> None:
-            nonlocal begun
-            begun += 1
-            print(f"{begun}/{total} {name}", file=sys.stderr, flush=True)
-
-        yield begin
+        number = itertools.count(1)
+        yield lambda name: print(f"{next(number)}/{total} {name}", file=sys.stderr, flush=True)
         return
 
     from rich.progress import (
@@ -52,13 +47,10 @@ def progress(total: int) -> Iterator[Callable[[str], None]]:
         TextColumn("{task.description}", markup=False),
         console=console,
     ) as bar:
-        task = bar.add_task("", total=total, completed=-1)
-
-        def begin(name: str) -> None:
-            bar.update(task, description=name, advance=1)
-
-        yield begin
-        bar.update(task, completed=total, description="")
+        task = bar.add_task("", total=total)
+        done = itertools.count()
+        yield lambda name: bar.update(task, description=name, completed=next(done))
+        bar.update(task, description="", completed=total)
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -1,0 +1,196 @@
+"""Whether the kernels and the compiled backward compute what they should on this device."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import sdgp_fx
+from sdgp_fx.kernels import reference
+from sdgp_fx.kernels.op import prune_nm
+
+from . import command
+from .benchmark import Benchmark, Task
+from .prune_op import VARIANTS
+from .report import Row
+
+# Which values are kept must agree. Where they are scaled, kernels may differ from the reference by
+# a unit in the last place: sums over the wider scopes run in another order, and a GPU divides
+# float32 to two units. Subnormal numbers have a unit that doesn't shrink with them.
+RELATIVE = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+ABSOLUTE = {torch.float32: 1e-44, torch.bfloat16: 1e-40, torch.float16: 6e-8}
+# Of the norm of a network's gradient in float32, for kernels that add in another order.
+GRADIENT = 1e-4
+# A gradient that is pruned differs from the dense one by this at the least.
+PRUNED = 1e-2
+
+
+class Case(NamedTuple):
+    """A call of the operator at m / 2 of m."""
+
+    prune: str
+    rescale: str
+    m: int
+    dtype: str
+    memory_format: str
+    shape: tuple[int, ...]
+
+    @property
+    def exact(self) -> bool:
+        """Whether values are kept as they are or not at all."""
+        return self.prune in ("random", "magnitude")
+
+
+def plan_kernels(device: torch.device, ms: Sequence[int], processes: int) -> list[Task]:
+    """A task for each case of each m, in order: all functions, scopes, dtypes and formats.
+
+    processes: that share the cases, since compiling the kernels is most of the work; 0 for none.
+
+    Of the two shapes one has no size that is a multiple of 16, the other none that isn't, and
+    several tiles: kernels are compiled for either.
+    """
+    cases = [
+        Case(prune, rescale, m, dtype, memory_format, shape)
+        for m in ms
+        for shape in ((3, 3 * m, 5, 7), (4, 16 * m, 16, 16))
+        for (prune, rescale), dtype, memory_format in itertools.product(
+            VARIANTS, command.DTYPES, command.MEMORY_FORMATS
+        )
+    ]
+    calls: list[Callable[[], list[Row]]] = [partial(check_kernel, device, case) for case in cases]
+    if processes:
+        pool = multiprocessing.get_context("spawn").Pool(processes)
+        calls = [pool.apply_async(call).get for call in calls]
+        pool.close()  # It ends with its last call.
+    return [Task(" ".join(map(str, case)), call) for case, call in zip(cases, calls, strict=True)]
+
+
+def check_kernel(device: torch.device, case: Case) -> list[Row]:
+    """A row that says how the operator on device differs from the reference on the CPU."""
+    x = gradient(case)
+    seed = torch.tensor([-6148914691236517206])
+    settings = (case.m // 2, case.m, case.prune, case.rescale)
+    expected = reference.prune_nm(x, seed, *settings)
+    actual = prune_nm(x.to(device), seed.to(device), *settings, 1)
+    return [{**case._asdict(), "failure": difference(case, actual.cpu(), expected)}]
+
+
+def gradient(case: Case) -> Tensor:
+    """Random numbers, with ties and zeros in the first sample, NaN and infinity in the last."""
+    x = torch.randn(case.shape, generator=torch.Generator().manual_seed(0))
+    x[0] = (2 * x[0]).round() / 2
+    x[-1, 0, 0, 0], x[-1, -1, -1, -1] = float("nan"), -float("inf")
+    memory_format = command.MEMORY_FORMATS[case.memory_format]
+    return x.to(getattr(torch, case.dtype)).contiguous(memory_format=memory_format)
+
+
+def difference(case: Case, actual: Tensor, expected: Tensor) -> str | None:
+    """How actual differs from expected, in words; None if it doesn't."""
+    if actual.stride() != expected.stride():
+        return f"has strides {actual.stride()}, expected {expected.stride()}"
+    if wrong := int(((actual != 0) != (expected != 0)).sum()):
+        return f"keeps other values in {wrong} of {expected.numel()} places"
+    if case.exact:
+        integer = torch.int32 if actual.dtype == torch.float32 else torch.int16
+        right = actual.view(integer) == expected.view(integer)
+    else:
+        tolerance = {"rtol": RELATIVE[actual.dtype], "atol": ABSOLUTE[actual.dtype]}
+        right = torch.isclose(actual, expected, **tolerance, equal_nan=True)
+    if wrong := int((~right).sum()):
+        return f"has other values in {wrong} of {expected.numel()} places"
+    return None
+
+
+def plan_network(device: torch.device, variants: Sequence[tuple[str, str]]) -> list[Task]:
+    """A task for each (prune, rescale) and memory format."""
+    return [
+        Task(
+            f"{prune} {rescale} {memory_format}",
+            partial(check_network, device, prune, rescale, memory_format),
+        )
+        for prune, rescale in variants
+        for memory_format in command.MEMORY_FORMATS
+    ]
+
+
+def check_network(device: torch.device, prune: str, rescale: str, memory_format: str) -> list[Row]:
+    """A row that says how gradients by Inductor differ from those of the same graph in eager.
+
+    A small network in float32: the fewer groups of channels, the less likely are two values so
+    close that rounding decides which of them is kept.
+    """
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        *(nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU()),
+        *(nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU()),
+        *(nn.Conv2d(16, 16, 1), nn.Flatten(), nn.Linear(16 * 9 * 9, 10)),
+    )
+    format_ = command.MEMORY_FORMATS[memory_format]
+    network = network.to(device).to(memory_format=format_)
+    images = torch.randn(2, 3, 9, 9, device=device).contiguous(memory_format=format_)
+
+    def compile_with(inner: str) -> Callable[[Tensor], Tensor]:
+        options: dict[str, Any] = {"sdgp.prune": prune, "sdgp.rescale": rescale}
+        options["sdgp.inner"] = inner
+        return torch.compile(network, backend=sdgp_fx.sdgp, options=options)
+
+    def gradients(forward: Callable[[Tensor], Tensor]) -> Tensor:
+        network.zero_grad()
+        forward(images).square().sum().backward()
+        return torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
+
+    torch._dynamo.reset()  # After several networks of one class it would compile no more.
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        dense = gradients(network)
+        expected = gradients(compile_with("aot_eager"))
+        actual = gradients(compile_with("inductor"))
+    error = ((actual - expected).norm() / expected.norm()).item()
+    pruned = ((dense - expected).norm() / expected.norm()).item()
+    failure = None
+    if not error <= GRADIENT:
+        failure = f"gradients differ by {error:.1e} of their norm, expected {GRADIENT:.0e} at most"
+    elif not pruned >= PRUNED:
+        failure = f"gradients differ by {pruned:.1e} of their norm from those of dense training"
+    return [
+        {
+            "prune": prune,
+            "rescale": rescale,
+            "memory_format": memory_format,
+            "error": error,
+            "distance_to_dense": pruned,
+            "failure": failure,
+        }
+    ]
+
+
+def failures(rows: Sequence[Row]) -> list[str]:
+    """A line for each row that failed."""
+    return [
+        " ".join(str(value) for value in row.values()) for row in rows if row["failure"] is not None
+    ]
+
+
+def headline(what: str, rows: Sequence[Row]) -> list[str]:
+    """How many are right."""
+    return [f"{what}: {len(rows) - len(failures(rows))} of {len(rows)} right"]
+
+
+KERNELS = Benchmark(
+    name="kernels",
+    plan=plan_kernels,
+    columns={name: (name, "") for name in (*Case._fields, "failure")},
+    headline=partial(headline, "kernels against the reference"),
+)
+
+NETWORK = Benchmark(
+    name="network",
+    plan=plan_network,
+    columns={name: (name, "") for name in ("prune", "rescale", "memory_format", "failure")},
+    headline=partial(headline, "compiled network against eager"),
+)

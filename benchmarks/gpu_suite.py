@@ -1,0 +1,327 @@
+"""`python -m benchmarks.gpu_suite`: first whether the kernels are right, then how fast they are."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import torch
+
+from sdgp_fx.config import PRUNING_FUNCTIONS
+
+from . import ceilings, command, convolutions, prune_op, sparse_mm, train_step
+from .benchmark import Benchmark
+from .correctness import KERNELS, NETWORK, failures
+from .report import Report, caption, environment
+from .terminal import progress
+
+# Seconds for what comes before the first part and after the last.
+RESERVE = 10
+# How much of the end of an output is sure to be seen.
+LINES = 40
+
+DONE, FAILED, NO_TIME, NEEDS_CUDA = "done", "failed", "no time left", "needs CUDA"
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A benchmark with its settings, as the suite runs it.
+
+    share: of the suite's time, the most it may take.
+    least: seconds; it isn't begun with less than these left.
+    check: nothing else is measured if this fails.
+    """
+
+    name: str
+    benchmark: Benchmark
+    settings: dict[str, Any]
+    share: float
+    least: float = 0
+    needs_cuda: bool = False
+    check: bool = False
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What became of a part. errors: what was raised, or found wrong."""
+
+    part: str
+    status: str
+    rows: int = 0
+    tasks: int | None = None
+    seconds: float = 0
+    errors: list[str] = dataclasses.field(default_factory=list)
+    headline: list[str] = dataclasses.field(default_factory=list)
+
+
+def suite(quick: bool, processes: int) -> list[Part]:
+    """The parts, the most important first.
+
+    quick: small shapes, to see that everything runs.
+    processes: that check the kernels.
+    """
+    networks = ["resnet18", "resnet50", "regnetx_004", "convnext_tiny"]
+    images: dict[str, Any] = {"batch": 256, "size": 224}
+    seconds, least = 0.5, 45
+    if quick:
+        networks, images, seconds, least = ["test_resnet"], {"batch": 2, "size": 32}, 0.01, 0
+    resnets = networks[:2]
+    dtype = {"dtype": "bfloat16"}
+    format_ = {"memory_format": "channels_last", "cudnn_benchmark": False}
+    deterministic = [v for v in prune_op.VARIANTS if v[0] in ("magnitude", "rescaled_magnitude")]
+
+    kernels = {"ms": (4, 2) if quick else (4, 2, 8, 16, 32), "processes": processes}
+    network = {"variants": deterministic[-1:] if quick else deterministic}
+    best = {"copy_mib": 1, "sizes": [64]} if quick else {"copy_mib": 1024, "sizes": [8192]}
+    best |= {**dtype, "seconds": 2 * seconds}
+    prune = {**images, **dtype, "models": resnets, "seconds": seconds}
+    prune |= {"functions": PRUNING_FUNCTIONS, "everything": False}
+    step = {**images, **format_, "dtype": train_step.AUTO, "mode": "default", "compiles": 1}
+    step |= {"n": 2, "m": 4, "prune": "rescaled_magnitude", "rescale": "group"}
+    step |= {"inner": "aot_eager" if quick else "inductor", "seconds": 20 * seconds}
+    convolution = {**images, **dtype, **format_, "seconds": seconds}
+    sparse = {**images, **dtype, "squares": [4096, 8192], "seconds": seconds}
+
+    def train(model: str) -> Part:
+        settings = {**step, "models": [model]}
+        return Part(f"train_step_{model}", train_step.BENCHMARK, settings, 0.25, least)
+
+    def convolve(model: str) -> Part:
+        settings = {**convolution, "models": [model]}
+        return Part(f"convolutions_{model}", convolutions.BENCHMARK, settings, 0.15)
+
+    def pruning(name: str, share: float, **settings: Any) -> Part:
+        return Part(name, prune_op.BENCHMARK, {**prune, **settings}, share)
+
+    return [
+        Part("kernels", KERNELS, kernels, 0.2, check=True),
+        Part("network", NETWORK, network, 0.2, check=True),
+        Part("ceilings", ceilings.BENCHMARK, best, 0.05),
+        pruning("prune_op", 0.15, ms=[4]),
+        *map(train, resnets),
+        *map(convolve, resnets),
+        Part(
+            *("sparse_mm", sparse_mm.BENCHMARK, {**sparse, "models": resnets[-1:]}, 0.15),
+            needs_cuda=True,
+        ),
+        *map(train, networks[2:]),
+        pruning("prune_op_patterns", 1, ms=[2, 8, 16, 32]),
+        pruning("prune_op_float32", 1, ms=[4], dtype="float32"),
+    ]
+
+
+class Worker:
+    """A process that runs parts, one after the other.
+
+    It is of its own so that nothing a part does keeps the suite from its end: not a compilation
+    that no signal interrupts, a crash, or an error after which a process can't use the GPU.
+    """
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=serve, args=(theirs,))
+        # Ctrl-C goes to all processes of a terminal; started so, these leave it to the suite.
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            self.process.start()
+        finally:
+            signal.signal(signal.SIGINT, handler)
+        theirs.close()
+        assert self.process.pid is not None
+        self.leader = self.process.pid
+
+    def run(
+        self, part: Part, device: torch.device, report: Report, deadline: float
+    ) -> tuple[str, int | None, list[str]]:
+        """Run a part, adding to report; return its status, number of tasks, and errors."""
+        tasks = None
+        errors = []
+        self.connection.send((part, device))
+        while (left := deadline - monotonic()) > 0 and self.connection.poll(left):
+            try:
+                kind, value = self.connection.recv()
+            except EOFError:
+                self.process.join()
+                errors.append(f"the process ended with exit code {self.process.exitcode}")
+                return FAILED, tasks, errors
+            if kind == "tasks":
+                tasks = value
+            elif kind == "rows":
+                report.add(value)
+            elif kind == "error":
+                errors.append(value)
+            else:
+                return FAILED if errors else DONE, tasks, errors
+        return NO_TIME, tasks, errors
+
+    def end(self, patience: float = 0) -> None:
+        """End it and what it has started; let it do so by itself for so many seconds."""
+        self.connection.close()
+        self.process.join(patience)
+        with suppress(ProcessLookupError):  # All have ended, or it has not made its group yet.
+            os.killpg(self.leader, signal.SIGKILL)
+        self.process.kill()
+        self.process.join()
+
+
+def serve(connection: Connection) -> None:
+    """Run the parts that come from connection, and send back what messages() says of them."""
+    os.setsid()
+    while True:
+        try:
+            part, device = connection.recv()
+        except EOFError:
+            return
+        for message in messages(part, device):
+            connection.send(message)
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def messages(part: Part, device: torch.device) -> Iterator[tuple[str, Any]]:
+    """Run a part: ("tasks", number), ("rows", of a task) or ("error", in words), ("end", None)."""
+    try:
+        tasks = part.benchmark.plan(device, **part.settings)
+    except Exception as error:
+        yield "error", in_words(error)
+        tasks = []
+    yield "tasks", len(tasks)
+    for task in tasks:
+        try:
+            yield "rows", task.run()
+        except Exception as error:
+            yield "error", f"{task.name}: {in_words(error)}"
+    yield "end", None
+
+
+def in_words(error: Exception) -> str:
+    """Type and first line of an error."""
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+
+
+def run_suite(
+    parts: Sequence[Part], device: torch.device, out: Path, seconds: float, note: str
+) -> int:
+    """Run parts within seconds, write out/PART.json and out/summary.json; return the exit code.
+
+    note: a line for the summary.
+    """
+    deadline = monotonic() + seconds
+    settings = {"seconds": seconds, "note": note}
+    summary = Report("gpu_suite", environment(device), settings, out / "summary.json")
+    outcomes: list[Outcome] = []
+    worker: Worker | None = None
+    code = 0
+    try:
+        with progress(len(parts)) as begin:
+            for part in parts:
+                if code and not part.check:
+                    break
+                begin(part.name)
+                left = deadline - monotonic()
+                if part.needs_cuda and device.type != "cuda":
+                    outcome = Outcome(part.name, NEEDS_CUDA)
+                elif left <= part.least:
+                    outcome = Outcome(part.name, NO_TIME)
+                else:
+                    worker = worker or Worker()
+                    limit = min(left, part.share * seconds)
+                    outcome = run_part(worker, part, device, out, limit)
+                    if outcome.status != DONE:
+                        worker.end()
+                        worker = None
+                if part.check and outcome.errors:
+                    code = 1
+                outcomes.append(outcome)
+                summary.add([dataclasses.asdict(outcome)])
+    except KeyboardInterrupt:
+        code = 130
+    finally:
+        if worker:
+            worker.end(patience=0 if code == 130 else 5)
+        lines = [caption("gpu_suite", summary.environment), note, *describe(outcomes)]
+        print("\n".join(filter(None, lines[:LINES])))
+    return code
+
+
+def run_part(
+    worker: Worker, part: Part, device: torch.device, out: Path, seconds: float
+) -> Outcome:
+    """Run one part for so many seconds at most."""
+    path = out / f"{part.name}.json"
+    path.unlink(missing_ok=True)
+    report = Report(part.benchmark.name, environment(device), part.settings, path)
+    begin = monotonic()
+    status, tasks, errors = worker.run(part, device, report, begin + seconds)
+    if part.check:
+        errors += failures(report.rows)
+    return Outcome(
+        part=part.name,
+        status=FAILED if errors else status,
+        rows=len(report.rows),
+        tasks=tasks,
+        seconds=monotonic() - begin,
+        errors=errors,
+        headline=part.benchmark.headline(report.rows) if report.rows else [],
+    )
+
+
+def describe(outcomes: Sequence[Outcome]) -> list[str]:
+    """A line for each part, then what is wrong, then what came out."""
+    width = max((len(outcome.part) for outcome in outcomes), default=0)
+    lines = [
+        f"{o.part:{width}}  {o.status:{len(NO_TIME)}}  {o.rows:4} rows  {o.seconds:5.1f} s"
+        for o in outcomes
+    ]
+    for outcome in outcomes:
+        lines += [f"{outcome.part}: {error}" for error in outcome.errors[:5]]
+        if len(outcome.errors) > 5:
+            lines.append(f"{outcome.part}: {len(outcome.errors) - 5} more errors")
+    return lines + [line for outcome in outcomes for line in outcome.headline]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command in argv, sys.argv by default; return the exit code."""
+    parser = command.Parser(
+        "gpu_suite",
+        description="Check on a GPU that the kernels and the compiled backward are right, then "
+        "run all benchmarks, the most important first, within a given time. Writes a JSON file "
+        "for each part and summary.json, and ends with a summary. The exit code is 1 if "
+        "something is wrong; nothing is measured then.",
+        example="--out results --minutes 8",
+    )
+    add = parser.add_argument
+    add("--out", type=Path, required=True, metavar="DIR", help="folder for the JSON files")
+    minutes = "for everything (%(default)s)"
+    add("--minutes", type=command.positive(float), default=8, help=minutes)
+    quick = "a dry run with small shapes, which the CPU can do too; its figures mean nothing"
+    add("--quick", action="store_true", help=quick)
+    args = parser.parse_args(argv)
+    try:
+        device = command.find_device(args.device)
+        if device.type == "cpu" and not args.quick:
+            raise ValueError("--device: expected cuda, got cpu, which is for --quick alone")
+        args.out.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    note = "dry run with small shapes: the figures mean nothing" if args.quick else ""
+    # Each compiles on a processor, and holds some of the GPU's memory.
+    processes = min(8, os.cpu_count() or 1) if device.type == "cuda" else 0
+    seconds = max(1, 60 * args.minutes - RESERVE)
+    return run_suite(suite(args.quick, processes), device, args.out, seconds, note)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
