@@ -100,6 +100,8 @@ def _inductor(
 ) -> Callable[..., Any]:
     import torch._inductor.config as inductor_config
 
+    from .kernels import lowering  # noqa: F401  (Importing it registers it.)
+
     before = options.pop("joint_custom_pre_pass", inductor_config.joint_custom_pre_pass) or ()
     if not isinstance(before, (list, tuple)):
         before = (before,)

@@ -45,6 +45,9 @@ def prune_nm(
     return reference.prune_nm(grad_output, seed, n, m, prune, rescale)
 
 
+PRUNE_NM = torch.ops.sdgp.prune_nm.default
+
+
 @prune_nm.register_kernel("cuda")
 def _(grad_output: Tensor, *settings: Any) -> Tensor:
     from . import triton_prune

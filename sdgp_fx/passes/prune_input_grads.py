@@ -23,8 +23,8 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..config import SDGPConfig
 from ..kernels import op
+from ..kernels.op import PRUNE_NM
 
-PRUNE_NM = torch.ops.sdgp.prune_nm.default
 CONVOLUTION_BACKWARD = torch.ops.aten.convolution_backward.default
 
 NO_INPUT_GRADIENT = "no input gradient"

@@ -1,0 +1,466 @@
+"""Inductor's lowering of sdgp::prune_nm: fused with what produces the gradient.
+
+Importing this module registers it. The functions of `reference` are written once more, over
+"group values": one value for each of the m channels of every group, in the shape that suits the
+code generator.
+
+- Triton: `_Tile`. A group value is a tile [groups, m]; what belongs to a group as a whole, such
+  as its sum, is a reduction of a tile, [groups, 1]. The kernel then has the iteration space of
+  the pointwise kernel that produces the gradient, and the scheduler makes them one: the gradient
+  is pruned in registers, before it leaves for memory.
+- C++: `_Registers`. The loop runs over groups, and a group value is a list of m variables.
+
+Where `reason_not_fused` has a reason, the operator's own kernel is called.
+
+The loops are subclasses of Inductor's private IR, checked on torch 2.11, 2.14 and 2.15.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch._inductor import config, ir
+from torch._inductor.lowering import fallback_handler, register_lowering
+from torch._inductor.runtime.hints import ReductionHint
+from torch._inductor.virtualized import V, ops
+from torch.utils._sympy.functions import FloorDiv, ModularIndexing
+
+from ..config import MAX_M
+from .op import PRUNE_NM
+from .reference import UNIFORM_BITS
+
+Index = Sequence[Any]  # of sympy expressions
+Variable = Any  # of the generated code
+GroupValue = Any  # a variable, or a list of m
+
+
+def reason_not_fused(grad_output: ir.TensorBox, prune: str, rescale: str) -> str:
+    """Why the operator's own kernel is called; "" if it is not."""
+    if prune == "rescaled_magnitude" and rescale != "group":
+        return "the factor needs sums over more than a group"
+    if grad_output.get_dtype() == torch.float64:
+        return "float64"
+    if not isinstance(grad_output.get_size()[1], (int, sympy.Integer)):
+        return "symbolic number of channels"
+    if V.graph.sizevars.statically_known_equals(grad_output.get_numel(), 0):
+        return "no values"
+    device = grad_output.get_device().type
+    generator = getattr(config, f"{device}_backend", None)
+    if (device, generator) not in (("cpu", "cpp"), ("cuda", "triton")):
+        return "no lowering for this code generator"
+    # A tile is pruned where its reductions are made: they must not need a loop or an exchange.
+    triton = config.triton
+    split = triton.cooperative_reductions or triton.force_cooperative_reductions
+    split = split or triton.multi_kernel or not triton.persistent_reductions
+    if device == "cuda" and split:
+        return "an option splits Triton's reductions"
+    return ""
+
+
+@register_lowering(PRUNE_NM, type_promotion_kind=None)
+def _prune_nm(
+    grad_output: ir.TensorBox,
+    seed: ir.TensorBox | None,
+    n: int,
+    m: int,
+    prune: str,
+    rescale: str,
+    groups: int,
+) -> ir.TensorBox:
+    if reason_not_fused(grad_output, prune, rescale):
+        call_kernel = fallback_handler(PRUNE_NM, add_to_fallback_set=False)
+        return call_kernel(grad_output, seed, n, m, prune, rescale, groups)
+    # The weight gradient reads the same gradient, and other layers the same draw of seeds.
+    grad_output.realize()
+    if seed is not None:
+        seed.realize()
+
+    device, dtype, size = grad_output.get_device(), grad_output.get_dtype(), grad_output.get_size()
+
+    def draw(index: Index) -> tuple[Variable, Variable]:
+        """The seed, and the number of the group at index in channels-last order."""
+        assert seed is not None
+        sample, channel_group, *position = index
+        numbers, number = (sample, *position, channel_group), sympy.S.Zero
+        for i, count in zip(numbers, (size[0], *size[2:], FloorDiv(size[1], m)), strict=True):
+            number = number * count + i
+        load = seed.make_loader()
+        return load([sympy.S.Zero] * len(seed.get_size())), ops.index_expr(number, torch.int64)
+
+    loops = _TileLoops if device.type == "cuda" else _RegisterLoops
+    # In the order of the recorded strides, which is what the convolution will ask for.
+    strides = V.current_node.meta["val"].stride()
+    order = ir.get_stride_order(strides, V.graph.sizevars.shape_env)
+    layout = ir.FixedLayout(device, dtype, size, ir.FlexibleLayout.stride_ordered(size, order))
+    data = loops.over(grad_output, m, functools.partial(_prune_group, n, m, prune, dtype, draw))
+    buffer = ir.ComputedBuffer(name=None, layout=layout, data=data)
+    buffer.name = V.graph.register_buffer(buffer)
+    V.graph.register_operation(buffer)
+    return ir.TensorBox.create(buffer)
+
+
+# The loops
+
+
+class _TileLoops(ir.Sort):
+    """Loops over groups, and within over m channels, that write every value.
+
+    The loops of a sort are those of Inductor's that write along the dimension they reduce.
+    """
+
+    @classmethod
+    def over(
+        cls, grad_output: ir.TensorBox, m: int, prune_group: Callable[..., Variable]
+    ) -> _TileLoops:
+        load, dtype = _stored(grad_output), grad_output.get_dtype()
+        ranges = _groups(grad_output, m)
+
+        def value(index: Index) -> Variable:
+            group = [index[0], FloorDiv(index[1], m), *index[2:]]
+            tile = _Tile(m, ModularIndexing(index[1], 1, m))
+            return prune_group(tile, load(index), group)
+
+        return cls(
+            device=grad_output.get_device(),
+            dtype=dtype,
+            inner_fn=value,
+            ranges=ranges,
+            sort_ranges=[sympy.Integer(m)],
+            size=[*ranges, sympy.Integer(m)],
+            reindex=lambda group, position: [group[0], group[1] * m + position[0], *group[2:]],
+            # With inner loops this short, a few hundred values a program and groups undivided.
+            reduction_hint=ReductionHint.OUTER_TINY,
+            output_index=0,
+            dtypes=(dtype,),
+            inner_fns=(value,),
+            stable=True,
+            descending=False,
+        )
+
+    def store_reduction(
+        self, output_name: str | None, indexer: Any, vars: Index, reduction_vars: Index
+    ) -> Any:
+        index = self.reindex(vars, reduction_vars)
+        return ops.store(output_name or "unnamed", indexer(index), self.inner_fn(index))
+
+
+class _RegisterLoops(ir.Pointwise):
+    """Loops over groups that write m values each."""
+
+    @classmethod
+    def over(
+        cls, grad_output: ir.TensorBox, m: int, prune_group: Callable[..., list[Variable]]
+    ) -> _RegisterLoops:
+        load, dtype = _stored(grad_output), grad_output.get_dtype()
+
+        def values(group: Index) -> list[Variable]:
+            gradient = [load(index) for index in _channels(group, m)]
+            return prune_group(_Registers(m), gradient, group)
+
+        return cls(
+            device=grad_output.get_device(),
+            dtype=dtype,
+            inner_fn=values,
+            ranges=_groups(grad_output, m),
+        )
+
+    def store_output(self, output_name: str | None, indexer: Any, vars: Index) -> Any:
+        values = self.inner_fn(vars)
+        for index, value in zip(_channels(vars, len(values)), values, strict=True):
+            ops.store(output_name or "unnamed", indexer(index), value)
+
+
+def _groups(grad_output: ir.TensorBox, m: int) -> list[Any]:
+    """Sizes of (samples, groups of channels, *spatial)."""
+    samples, channels, *spatial = grad_output.get_size()
+    return [samples, FloorDiv(channels, m), *spatial]
+
+
+def _channels(group: Index, m: int) -> list[Index]:
+    """The indices of a group's m values."""
+    return [[group[0], group[1] * m + i, *group[2:]] for i in range(m)]
+
+
+def _stored(grad_output: ir.TensorBox) -> Callable[[Index], Variable]:
+    """A loader in float32 that gives what is, or is about to be, in memory."""
+    load, dtype = grad_output.make_loader(), grad_output.get_dtype()
+    if dtype == torch.float32:
+        return load
+
+    def rounded(index: Index) -> Variable:
+        # A value that this kernel has just computed comes in float32, not rounded.
+        value = ops.to_dtype(load(index), dtype, src_dtype=torch.float32, use_compute_types=False)
+        return ops.to_dtype(value, torch.float32, src_dtype=dtype)
+
+    return rounded
+
+
+# Group values
+
+
+class _Tile:
+    """A group value is one variable, a tile [groups, m]; a variable of the group is [groups, 1]."""
+
+    def __init__(self, m: int, position: Any) -> None:
+        self.m = m
+        self.position = ops.index_expr(position, torch.int32)
+
+    def each(self, function: Callable[..., Variable], *values: GroupValue) -> GroupValue:
+        """function at every position, of group values and of variables of the group."""
+        return function(*values)
+
+    def total(self, values: GroupValue) -> Variable:
+        """The sum of m float32 values."""
+        return ops.reduction(torch.float32, torch.float32, "sum", values)
+
+    def spread(self, variables: list[Variable]) -> GroupValue:
+        """The group value of m variables."""
+        result = variables[-1]
+        for i in reversed(range(self.m - 1)):
+            result = ops.where(self._is_at(i), variables[i], result)
+        return result
+
+    def columns(self, values: GroupValue) -> list[Variable]:
+        """The m variables of a float32 group value: sums of it with zeros at other positions.
+
+        Of the bits, as the compiler knows x + 0 to be x for every integer x.
+        """
+        bits = ops.to_dtype_bitcast(values, torch.int32, torch.float32)
+        alone = [ops.where(self._is_at(i), bits, _int32(0)) for i in range(self.m)]
+        sums = [ops.reduction(torch.int32, torch.int32, "sum", column) for column in alone]
+        return [ops.to_dtype_bitcast(column, torch.float32, torch.int32) for column in sums]
+
+    def largest(self, scores: GroupValue, n: int, free_bits: bool) -> GroupValue:
+        """Mask of the n largest of int32 scores >= 0; of equal ones the lower position.
+
+        free_bits: whether the low bits of all scores are zero, enough of them for a position.
+
+        A reduction finds the largest, another the largest below that, and so on; or the smallest,
+        where fewer are dropped than kept.
+        """
+        dtype = torch.int32
+        if not free_bits:
+            dtype = torch.int64
+            scores = ops.mul(ops.to_dtype(scores, dtype), ops.constant(MAX_M, dtype))
+        last = ops.sub(_int32(self.m - 1), self.position)
+        keys = ops.bitwise_or(scores, ops.to_dtype(last, dtype))
+        drop = n > self.m - n
+        kind, further = ("min", ops.gt) if drop else ("max", ops.lt)
+        none = ops.constant(torch.iinfo(dtype).max if drop else -1, dtype)
+        bound = ops.reduction(dtype, dtype, kind, keys)
+        for _ in range(min(n, self.m - n) - 1):
+            rest = ops.where(further(keys, bound), keys, none)
+            bound = ops.reduction(dtype, dtype, kind, rest)
+        return ops.gt(keys, bound) if drop else ops.ge(keys, bound)
+
+    def _is_at(self, i: int) -> Variable:
+        return ops.eq(self.position, _int32(i))
+
+
+class _Registers:
+    """A group value is a list of m variables."""
+
+    def __init__(self, m: int) -> None:
+        self.m = m
+
+    def each(self, function: Callable[..., Variable], *values: GroupValue) -> GroupValue:
+        lists = [value if isinstance(value, list) else [value] * self.m for value in values]
+        return [function(*arguments) for arguments in zip(*lists, strict=True)]
+
+    def total(self, values: GroupValue) -> Variable:
+        return functools.reduce(ops.add, values)
+
+    def spread(self, variables: list[Variable]) -> GroupValue:
+        return variables
+
+    def columns(self, values: GroupValue) -> list[Variable]:
+        return values
+
+    def largest(self, scores: GroupValue, n: int, free_bits: bool) -> GroupValue:
+        """By rank: the number of scores that go before each."""
+        ranks = [_int32(i) for i in range(self.m)]
+        for i, j in itertools.combinations(range(self.m), 2):
+            behind = ops.to_dtype(ops.lt(scores[i], scores[j]), torch.int32)
+            ranks[i] = ops.add(ranks[i], behind)
+            ranks[j] = ops.sub(ranks[j], behind)
+        return [ops.lt(rank, _int32(n)) for rank in ranks]
+
+
+# The functions of `reference`
+
+
+def _prune_group(
+    n: int,
+    m: int,
+    prune: str,
+    dtype: torch.dtype,
+    draw: Callable[[Index], tuple[Variable, Variable]],
+    group: _Tile | _Registers,
+    values: GroupValue,
+    index: Index,
+) -> GroupValue:
+    """draw: seed and number of the group at index."""
+    if n == m:
+        result = values
+    elif prune == "magnitude":
+        result = group.each(_where_kept, _magnitude_keep(group, values, n, dtype), values)
+    elif prune == "rescaled_magnitude":
+        result = _rescaled_magnitude(group, values, n, dtype)
+    elif prune == "random":
+        result = group.each(_where_kept, _random_keep(group, *draw(index), n), values)
+    else:
+        uniform = ops.bitwise_right_shift(_philox(*draw(index), 0)[0], _int64(32 - UNIFORM_BITS))
+        result = _mvue(group, values, ops.to_dtype(uniform, torch.int32), n, dtype)
+    return group.each(lambda value: ops.to_dtype(value, dtype), result)
+
+
+def _magnitude_keep(
+    group: _Tile | _Registers, values: GroupValue, n: int, dtype: torch.dtype
+) -> GroupValue:
+    """The bits of |g| compare as |g| does, and those of NaN are above infinity's."""
+
+    def bits(value: Variable) -> Variable:
+        return ops.to_dtype_bitcast(ops.abs(value), torch.int32, torch.float32)
+
+    # A 16-bit value leaves at least 13 bits of the float32 zero.
+    return group.largest(group.each(bits, values), n, free_bits=dtype.itemsize == 2)
+
+
+def _random_keep(group: _Tile | _Registers, seed: Variable, number: Variable, n: int) -> GroupValue:
+    words = [_philox(seed, number, block) for block in range(-(-group.m // 4))]
+
+    def score(word: Variable) -> Variable:
+        high = ops.bitwise_right_shift(word, _int64(6))
+        return ops.to_dtype(ops.mul(high, _int64(MAX_M)), torch.int32)
+
+    scores = [score(word) for word in itertools.chain(*words)][: group.m]
+    return group.largest(group.spread(scores), n, free_bits=True)
+
+
+def _rescaled_magnitude(
+    group: _Tile | _Registers, values: GroupValue, n: int, dtype: torch.dtype
+) -> GroupValue:
+    keep = _magnitude_keep(group, values, n, dtype)
+    size = group.each(ops.abs, values)
+    kept = group.each(_where_kept, keep, size)
+    factor = ops.truediv(group.total(size), group.total(kept))
+    factor = ops.where(_is_finite(factor), factor, _float32(1))
+    return group.each(
+        lambda keep, value, factor: _where_kept(keep, ops.mul(value, factor)), keep, values, factor
+    )
+
+
+def _mvue(
+    group: _Tile | _Registers,
+    values: GroupValue,
+    uniform: Variable,
+    n: int,
+    dtype: torch.dtype,
+) -> GroupValue:
+    def joins(size: Variable, room: Variable, rest: Variable) -> Variable:
+        positive = ops.gt(size, _float32(0))
+        return ops.logical_and(positive, ops.ge(ops.mul(room, size), rest))
+
+    def where_not(certain: Variable, value: Variable) -> Variable:
+        return ops.where(certain, _float32(0), value)
+
+    size = group.each(ops.abs, values)
+    room, rest = _float32(n), group.total(size)
+    finite = _is_finite(rest)
+    certain, uncertain = None, size
+    for _ in range(n):
+        joining = group.each(joins, size, room, rest)
+        certain = joining if certain is None else group.each(ops.logical_or, certain, joining)
+        uncertain = group.each(where_not, certain, size)
+        room = group.total(group.each(where_not, certain, _float32(1)))
+        room = ops.sub(room, _float32(group.m - n))
+        rest = group.total(uncertain)
+
+    # Prefix sums from the lowest channel up; their last is the sum that they have to reach.
+    prefixes = list(itertools.accumulate(group.columns(uncertain), ops.add))
+    rest = prefixes[-1]
+    some = ops.logical_and(finite, ops.gt(rest, _float32(0)))
+    density = ops.truediv(room, ops.where(some, rest, _float32(1)))
+    sampled, before = [], ops.bitwise_right_shift(ops.sub(_int32(0), uniform), _int32(UNIFORM_BITS))
+    for prefix in prefixes:
+        share = ops.minimum(ops.mul(prefix, density), room)
+        share = ops.where(ops.eq(prefix, rest), room, share)
+        share = ops.mul(ops.where(some, share, _float32(0)), _float32(2**UNIFORM_BITS))
+        units = ops.sub(ops.to_dtype(share, torch.int32), uniform)
+        passed = ops.bitwise_right_shift(units, _int32(UNIFORM_BITS))
+        sampled.append(ops.gt(passed, before))
+        before = passed
+
+    def unbiased(
+        value: Variable, certain: Variable, sampled: Variable, by_magnitude: Variable
+    ) -> Variable:
+        drawn = _where_kept(sampled, ops.copysign(step, value))
+        result = ops.where(certain, value, drawn)
+        return ops.where(finite, result, _where_kept(by_magnitude, value))
+
+    step = ops.truediv(rest, room)
+    by_magnitude = _magnitude_keep(group, values, n, dtype)
+    return group.each(unbiased, values, certain, group.spread(sampled), by_magnitude)
+
+
+def _where_kept(keep: Variable, value: Variable) -> Variable:
+    return ops.where(keep, value, _float32(0))
+
+
+def _is_finite(value: Variable) -> Variable:
+    """Of a value that is not negative. NaN isn't."""
+    return ops.lt(value, _float32(float("inf")))
+
+
+def _philox(seed: Variable, number: Variable, block: int) -> list[Variable]:
+    """reference.philox, of int64 variables."""
+    low = _int64(0xFFFFFFFF)
+    key = [ops.bitwise_and(seed, low), _high(seed)]
+    counter = [ops.bitwise_and(number, low), _high(number), _int64(block), _int64(0)]
+    for _ in range(10):
+        low_0, high_0 = _multiply(0xD2511F53, counter[0])
+        low_2, high_2 = _multiply(0xCD9E8D57, counter[2])
+        counter = [
+            ops.bitwise_xor(ops.bitwise_xor(high_2, counter[1]), key[0]),
+            low_2,
+            ops.bitwise_xor(ops.bitwise_xor(high_0, counter[3]), key[1]),
+            low_0,
+        ]
+        key = [
+            ops.bitwise_and(ops.add(word, _int64(step)), low)
+            for word, step in zip(key, (0x9E3779B9, 0xBB67AE85), strict=True)
+        ]
+    return counter
+
+
+def _high(value: Variable) -> Variable:
+    """Bits 32 to 63 of an int64."""
+    return ops.bitwise_and(ops.bitwise_right_shift(value, _int64(32)), _int64(0xFFFFFFFF))
+
+
+def _multiply(factor: int, word: Variable) -> tuple[Variable, Variable]:
+    """Low and high 32 bits of factor * word.
+
+    factor - 2**32, for a factor above 2**31, is small enough to overflow no int64.
+    """
+    product = ops.mul(word, _int64(factor - 2**32))
+    high = ops.add(ops.bitwise_right_shift(product, _int64(32)), word)
+    low = _int64(0xFFFFFFFF)
+    return ops.bitwise_and(product, low), ops.bitwise_and(high, low)
+
+
+def _int32(value: int) -> Variable:
+    return ops.constant(value, torch.int32)
+
+
+def _int64(value: int) -> Variable:
+    return ops.constant(value, torch.int64)
+
+
+def _float32(value: float) -> Variable:
+    return ops.constant(float(value), torch.float32)
