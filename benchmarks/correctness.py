@@ -107,7 +107,9 @@ def difference(case: Case, actual: Tensor, expected: Tensor) -> str | None:
     return None
 
 
-def plan_network(device: torch.device, variants: Sequence[tuple[str, str]]) -> list[Task]:
+def plan_network(
+    device: torch.device, variants: Sequence[tuple[str, str]], memory_formats: Sequence[str]
+) -> list[Task]:
     """A task for each (prune, rescale) and memory format."""
     return [
         Task(
@@ -115,7 +117,7 @@ def plan_network(device: torch.device, variants: Sequence[tuple[str, str]]) -> l
             partial(check_network, device, prune, rescale, memory_format),
         )
         for prune, rescale in variants
-        for memory_format in command.MEMORY_FORMATS
+        for memory_format in memory_formats
     ]
 
 

@@ -81,7 +81,12 @@ def suite(quick: bool, processes: int) -> list[Part]:
     deterministic = [v for v in prune_op.VARIANTS if v[0] in ("magnitude", "rescaled_magnitude")]
 
     kernels = {"ms": (4,) if quick else (4, 2, 8, 16, 32), "processes": processes}
-    network = {"variants": deterministic[-1:] if quick else deterministic}
+    network: dict[str, Any] = {
+        "variants": deterministic,
+        "memory_formats": list(command.MEMORY_FORMATS),
+    }
+    if quick:
+        network = {name: values[-1:] for name, values in network.items()}
     best = {"copy_mib": 1, "sizes": [64]} if quick else {"copy_mib": 1024, "sizes": [8192]}
     best |= {**dtype, "seconds": 2 * seconds}
     prune = {**images, **dtype, "models": resnets, "seconds": seconds}
@@ -147,11 +152,12 @@ class Worker:
         """Run a part, adding to report; return its status, number of tasks, and errors."""
         tasks = None
         errors = []
-        self.connection.send((part, device))
+        with suppress(ConnectionError):  # What has ended by now shows below.
+            self.connection.send((part, device))
         while (left := deadline - monotonic()) > 0 and self.connection.poll(left):
             try:
                 kind, value = self.connection.recv()
-            except EOFError:
+            except (EOFError, ConnectionError):
                 self.process.join()
                 errors.append(f"the process ended with exit code {self.process.exitcode}")
                 return FAILED, tasks, errors
