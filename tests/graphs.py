@@ -66,11 +66,11 @@ def run(gm, inputs):
 def gradients(gm, position=0):
     """The nodes of input, weight and bias gradient of the position-th convolution; None if none.
 
-    A convolution is told from another by the operands (input, weight) of its backward.
+    A convolution is told from another by its input.
     """
     outputs = {}
     for node in gm.graph.find_nodes(op="call_function", target=CONVOLUTION_BACKWARD):
-        triple = outputs.setdefault(node.args[1:3], [None, None, None])
+        triple = outputs.setdefault(node.args[1], [None, None, None])
         for user in node.users:
             assert user.target is operator.getitem
             triple[user.args[1]] = user

@@ -309,11 +309,11 @@ def train_on_sizes(model, **kwargs):
 
 
 @pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("prune", ["rescaled_magnitude", "mvue"])
-def test_dynamic_shapes_compile_as_often_as_stock(inner, prune, rewritten):
+@pytest.mark.parametrize("setting", [{}, {"sdgp.rescale": "channel"}, {"sdgp.prune": "mvue"}])
+def test_dynamic_shapes_compile_as_often_as_stock(inner, setting, rewritten):
     """Once, but for Inductor of torch 2.11 on the CPU, which fixes the sizes of convolutions."""
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
-    options = {"sdgp.inner": inner, "sdgp.prune": prune}
+    options = {"sdgp.inner": inner, **setting}
     with fresh_cache():  # A hit in the caches would not go through the pass.
         stock, dense = train_on_sizes(model, backend=inner)
         count, grads = train_on_sizes(model, backend="sdgp", options=options)
@@ -340,11 +340,12 @@ def test_channels_last_stays_channels_last(rewritten):
 # Inductor
 
 
-def test_inductor_agrees_with_aot_eager(model, x):
+@pytest.mark.parametrize("rescale", ["group", "channel"])
+def test_inductor_agrees_with_aot_eager(model, x, rescale):
     """Magnitude selection flips where two values are nearly equal, so seeds are chosen free of
     that: the networks are small enough for no such pair to occur."""
-    eager = sdgp_gradients(model, x)
-    inductor = sdgp_gradients(model, x, inner="inductor")
+    eager = sdgp_gradients(model, x, rescale=rescale)
+    inductor = sdgp_gradients(model, x, rescale=rescale, inner="inductor")
     for name, grad in eager.items():
         torch.testing.assert_close(inductor[name], grad, rtol=1e-4, atol=1e-4)
 

@@ -1,4 +1,4 @@
-"""The operator sdgp::prune_nm and the function for users."""
+"""The operators sdgp::prune_nm and sdgp::channel_factor, and the function for users."""
 
 import pytest
 import torch
@@ -119,6 +119,55 @@ def test_bad_gradients_are_refused():
         prune_nm(torch.ones(1, 4, 2, dtype=torch.float64, device="cuda"), seed=None)
 
 
+# channel_factor
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("shape", [(2, 8), (2, 8, 5), (2, 8, 3, 5), (2, 8, 2, 3, 2)])
+def test_channel_factor_opcheck(shape, dtype):
+    for _, x in layouts(shape):
+        torch.library.opcheck(torch.ops.sdgp.channel_factor, (x.to(dtype), 2, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("n", "m"), [(1, 2), (2, 4), (5, 16)])
+def test_channel_factor_is_what_the_kept_values_are_multiplied_by(n, m, dtype):
+    x = torch.randn(3, 32, 5, 7, dtype=dtype)
+    factor = op.channel_factor(x, n, m)
+    assert (factor.dtype, factor.shape) == (dtype, (32,))
+    expected = prune_nm(x, n, m, "rescaled_magnitude", "channel")
+    assert torch.equal(prune_nm(x, n, m) * factor.view(-1, 1, 1), expected)
+    assert (factor > 1).all()
+
+
+def test_channel_factor_is_one_where_it_would_not_be_finite():
+    x = torch.randn(2, 4, 3)
+    x[:, :2] *= 100  # Channels 2 and 3 keep nothing.
+    x[1, 1, 2] = float("nan")
+    factor = op.channel_factor(x, 1, 4)
+    assert factor[1:].tolist() == [1.0, 1.0, 1.0]
+    assert factor[0] > 1
+    assert op.channel_factor(torch.empty(0, 4, 3), 2, 4).tolist() == [1.0] * 4
+
+
+def test_channel_factor_refuses_bad_arguments():
+    refused = [
+        ((torch.randn(2, 8, 3), 5, 4), "n: expected 1 <= n <= m = 4, got 5"),
+        ((torch.randn(2, 8, 3), 2, 3), "m: expected a power of two from 1 to 32, got 3"),
+        ((torch.randn(2, 6, 3), 2, 4), "a multiple of m = 4 .* 6 channels"),
+        ((torch.randn(8), 2, 4), r"grad_output: expected \(N, C, \*spatial\), got 1"),
+        ((torch.ones(2, 8, 3, dtype=torch.int64), 2, 4), "grad_output: expected float32"),
+    ]
+    for (x, n, m), words in refused:
+        with pytest.raises(ValueError, match=words):
+            op.channel_factor(x, n, m)
+        with FakeTensorMode() as mode, pytest.raises(ValueError, match=words):
+            op.channel_factor(mode.from_tensor(x), n, m)
+
+
+# The function for users
+
+
 def test_public_function_is_the_operator():
     x = torch.randn(2, 8, 3, 3)
     expected = reference.prune_nm(x, None, 1, 4, "rescaled_magnitude", "channel")
@@ -149,3 +198,9 @@ def test_opcheck_on_the_gpu(prune):
     for _, x in layouts((2, 8, 3, 5)):
         arguments = (x.cuda(), SEED.cuda(), 2, 4, prune, "group", 1)
         torch.library.opcheck(torch.ops.sdgp.prune_nm, arguments)
+
+
+@pytest.mark.gpu
+def test_channel_factor_opcheck_on_the_gpu():
+    for _, x in layouts((2, 8, 3, 5)):
+        torch.library.opcheck(torch.ops.sdgp.channel_factor, (x.cuda(), 2, 4))

@@ -1,5 +1,6 @@
 """The rewrite, asserted on edges: which node feeds which gradient; and on numbers."""
 
+import copy
 import operator
 
 import pytest
@@ -10,7 +11,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from sdgp_fx import SDGPConfig
 from sdgp_fx.kernels import reference
 from sdgp_fx.passes import prune_input_grads as the_pass
-from sdgp_fx.passes.prune_input_grads import CONVOLUTION_BACKWARD, PRUNE_NM, prune_input_grads
+from sdgp_fx.passes.prune_input_grads import (
+    CHANNEL_FACTOR,
+    CONVOLUTION_BACKWARD,
+    PRUNE_NM,
+    prune_input_grads,
+)
 
 from .graphs import backward_of, copy_graph, gradients, is_pruned, joint_graph, random_inputs, run
 
@@ -29,10 +35,15 @@ CONVOLUTIONS = {
     "transposed grouped": (nn.ConvTranspose2d(8, 16, 3, groups=2, bias=False), (2, 8, 5, 5)),
 }
 
+CHANNEL = SDGPConfig(rescale="channel")
+# Those whose weight takes the factors of scope "channel".
+FOLDED = [name for name in CONVOLUTIONS if name != "transposed grouped"]
 
-def layer_graph(name, **kwargs):
+
+def layer_graph(name, dtype=torch.float32, **kwargs):
     layer, shape = CONVOLUTIONS[name]
-    return joint_graph(layer, torch.randn(shape, requires_grad=True), **kwargs)
+    layer = copy.deepcopy(layer).to(dtype)
+    return joint_graph(layer, torch.randn(shape, dtype=dtype, requires_grad=True), **kwargs)
 
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)
@@ -99,21 +110,157 @@ def test_input_gradient_is_conv2d_input_of_the_pruned_gradient(memory_format):
     torch.testing.assert_close(values[gradients(gm)[0].name], expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("config", [SDGPConfig(), CHANNEL])
 @pytest.mark.parametrize("name", CONVOLUTIONS)
-def test_recorded_values_match_the_real_ones(name):
-    gm = layer_graph(name)
+def test_recorded_values_match_the_real_ones(name, config):
+    gm = layer_graph(name, torch.bfloat16)
     inputs = random_inputs(gm)
-    prune_input_grads(gm.graph, SDGPConfig())
+    prune_input_grads(gm.graph, config)
     gm.recompile()
     values = run(gm, inputs)
-    for target in (PRUNE_NM, CONVOLUTION_BACKWARD):
-        for node in gm.graph.find_nodes(op="call_function", target=target):
-            recorded, real = node.meta["val"], values[node.name]
-            pairs = [(recorded, real)] if target is PRUNE_NM else zip(recorded, real, strict=True)
-            for a, b in pairs:
-                assert (a is None) == (b is None)
-                if a is not None:
-                    assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
+    for node in gm.graph.find_nodes(op="call_function", target=CONVOLUTION_BACKWARD):
+        for new in (node, *node.all_input_nodes):
+            assert_same_form(new.meta["val"], values[new.name])
+
+
+def assert_same_form(recorded, real):
+    if isinstance(recorded, tuple):
+        for pair in zip(recorded, real, strict=True):
+            assert_same_form(*pair)
+    elif recorded is None:
+        assert real is None
+    else:
+        assert (recorded.shape, recorded.dtype) == (real.shape, real.dtype)
+        assert recorded.stride() == real.stride()
+
+
+# The factors of scope "channel" in the weight
+
+
+def scaled_weight(weight):
+    """The weight and the factors that a scaled weight is made of."""
+    product, dtype = weight.args
+    assert dtype == weight.meta["val"].dtype
+    assert product.target is torch.ops.aten.mul.Tensor
+    assert product.meta["val"].dtype == torch.float32
+    own, factor = product.args
+    while factor.target is not CHANNEL_FACTOR:
+        factor = factor.args[0]
+    return own, factor
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", FOLDED)
+def test_weight_takes_the_factors_of_the_channels(name, dtype):
+    gm = layer_graph(name, dtype)
+    (before,) = gm.graph.find_nodes(op="call_function", target=CONVOLUTION_BACKWARD)
+    grad_output, x, weight, *others = before.args[:10]
+    has_bias = before.args[10][2]
+    prune_input_grads(gm.graph, CHANNEL)
+
+    input_grad, weight_grad, _ = gradients(gm)
+    half = backward_of(input_grad)
+    pruned, same_x, scaled, *rest = half.args
+    assert pruned.target is PRUNE_NM
+    assert pruned.args == (grad_output, None, 2, 4, "magnitude", "channel", others[-1])
+    own, factor = scaled_weight(scaled)
+    assert (own, factor.args) == (weight, (grad_output, 2, 4))
+    assert (same_x, rest) == (x, [*others, [True, False, False]])
+    # Neither the factors nor the pruned gradient go anywhere else.
+    assert list(scaled.users) == list(pruned.users) == [half]
+    dense = backward_of(weight_grad)
+    assert dense.args == (grad_output, x, weight, *others, [False, True, has_bias])
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("conv2d", torch.float16),
+        ("conv2d", torch.float64),
+        ("transposed grouped", torch.float32),
+    ],
+)
+def test_the_others_leave_the_factors_to_the_prune(name, dtype):
+    gm = layer_graph(name, dtype)
+    (before,) = gm.graph.find_nodes(op="call_function", target=CONVOLUTION_BACKWARD)
+    grad_output, *others = before.args[:10]
+    prune_input_grads(gm.graph, CHANNEL)
+    half = backward_of(gradients(gm)[0])
+    settings = (2, 4, "rescaled_magnitude", "channel", others[-1])
+    assert half.args[0].args == (grad_output, None, *settings)
+    assert half.args[1:] == (*others, [True, False, False])
+    assert not gm.graph.find_nodes(op="call_function", target=CHANNEL_FACTOR)
+
+
+def input_gradients(name, dtype):
+    """With the factors in the weight, with them in the gradient, and in float64."""
+    gm = layer_graph(name, dtype)
+    inputs = random_inputs(gm)
+    (node,) = gm.graph.find_nodes(op="call_function", target=CONVOLUTION_BACKWARD)
+    others = [n.name for n in gradients(gm)[1:] if n]
+    before = run(gm, inputs)
+    prune_input_grads(gm.graph, CHANNEL)
+    gm.recompile()
+    after = run(gm, inputs)
+    for other in others:
+        assert torch.equal(after[other], before[other])
+
+    def by_definition(dtype):
+        grad_output, x, weight = (before[a.name].to(dtype) for a in node.args[:3])
+        pruned = reference.prune_nm(grad_output, None, 2, 4, "rescaled_magnitude", "channel")
+        operands = (pruned, x, weight, *node.args[3:10], [True, False, False])
+        return torch.ops.aten.convolution_backward(*operands)[0]
+
+    return after[gradients(gm)[0].name], by_definition(dtype), by_definition(torch.float64)
+
+
+def relative_error(result, exact):
+    return ((result - exact).norm() / exact.norm()).item()
+
+
+@pytest.mark.parametrize("name", FOLDED)
+def test_factors_in_the_weight_give_the_same_input_gradient(name):
+    """Up to the rounding of w * f instead of g * f, 2**-24 each, and of the sums of products."""
+    folded, unfolded, _ = input_gradients(name, torch.float32)
+    assert relative_error(folded, unfolded) < 2**-21
+
+
+@pytest.mark.parametrize("name", FOLDED)
+def test_factors_in_the_weight_are_as_exact_in_bfloat16(name):
+    """One rounding to bfloat16 takes the place of another, of the weight or of the gradient."""
+    folded, unfolded, exact = input_gradients(name, torch.bfloat16)
+    assert relative_error(unfolded, exact) < 2**-7
+    assert relative_error(folded, exact) < 1.5 * relative_error(unfolded, exact)
+
+
+def test_a_channel_that_keeps_next_to_nothing_stays_finite():
+    """A factor of 1e37, times a weight of 100, is infinite, and times 0 NaN."""
+    layer = nn.Conv2d(8, 4, 1, bias=False)
+    nn.init.constant_(layer.weight, 100.0)
+    grad_output = torch.zeros(1, 4, 1, 2)
+    grad_output[0, :, 0, 0] = torch.tensor([2.0, 2.0, 1.0, 0.0])
+    grad_output[0, 2, 0, 1] = 1e-37
+    gm = joint_graph(layer, torch.randn(1, 8, 1, 2, requires_grad=True))
+    prune_input_grads(gm.graph, CHANNEL)
+    gm.recompile()
+    x = torch.randn(1, 8, 1, 2)
+    values = run(gm, [layer.weight.detach(), x, grad_output])
+    (factor,) = gm.graph.find_nodes(op="call_function", target=CHANNEL_FACTOR)
+    assert (100 * values[factor.name]).isinf().any()
+    assert values[gradients(gm)[0].name].isfinite().all()
+
+
+def test_scaled_weight_keeps_the_strides():
+    layer = nn.Conv2d(8, 16, 3).to(memory_format=torch.channels_last)
+    x = torch.randn(2, 8, 7, 7).to(memory_format=torch.channels_last).requires_grad_()
+    gm = joint_graph(layer, x)
+    prune_input_grads(gm.graph, CHANNEL)
+    scaled = backward_of(gradients(gm)[0]).args[2]
+    own, _ = scaled_weight(scaled)
+    assert scaled.meta["val"].stride() == own.meta["val"].stride() == layer.weight.stride()
+
+
+# Which layers
 
 
 def test_bias_taken_out_by_a_decomposition():
@@ -253,21 +400,21 @@ def test_leaves_other_graphs_alone():
     assert gm.graph.python_code("self").src == before
 
 
-@pytest.mark.parametrize("prune", ["rescaled_magnitude", "mvue"])
-def test_idempotent(prune):
+@pytest.mark.parametrize("config", [SDGPConfig(), SDGPConfig(prune="mvue"), CHANNEL])
+def test_idempotent(config):
     gm = joint_graph(Block(), torch.randn(1, 3, 9, 9))
-    config = SDGPConfig(prune=prune)
     first = prune_input_grads(gm.graph, config)
     once = gm.graph.python_code("self").src
     assert prune_input_grads(gm.graph, config) == first
     assert gm.graph.python_code("self").src == once
 
 
-def test_idempotent_with_frozen_weights():
+@pytest.mark.parametrize("config", [SDGPConfig(), CHANNEL])
+def test_idempotent_with_frozen_weights(config):
     layer = nn.Conv2d(8, 16, 3).requires_grad_(False)
     gm = joint_graph(layer, torch.randn(2, 8, 7, 7, requires_grad=True))
-    first = prune_input_grads(gm.graph, SDGPConfig())
-    assert prune_input_grads(gm.graph, SDGPConfig()) == first
+    first = prune_input_grads(gm.graph, config)
+    assert prune_input_grads(gm.graph, config) == first
     assert len(gm.graph.find_nodes(op="call_function", target=PRUNE_NM)) == 1
 
 
@@ -279,6 +426,22 @@ def test_new_nodes_belong_to_the_backward_of_their_layer():
         for new in (node, node.args[1], half):
             assert new.meta["partitioner_tag"] == "is_backward"
             assert new.meta["fwd_nn_module_stack"] == half.meta["fwd_nn_module_stack"]
+
+
+def test_factors_belong_to_the_backward_of_their_layer():
+    gm = joint_graph(Block(), torch.randn(1, 3, 9, 9))
+    old = set(gm.graph.nodes)
+    prune_input_grads(gm.graph, CHANNEL)
+    halves = [n.args[0] for n in gm.graph.nodes if n.target is operator.getitem and is_pruned(n)]
+    assert len(halves) == 3
+    for half in halves:
+        new = [half.args[2]]
+        while new[-1].target is not CHANNEL_FACTOR:
+            (before,) = set(new[-1].all_input_nodes) - old
+            new.append(before)
+        for node in new:
+            assert node.meta["partitioner_tag"] == "is_backward"
+            assert node.meta["fwd_nn_module_stack"] == half.meta["fwd_nn_module_stack"]
 
 
 @pytest.mark.parametrize("prune", ["random", "mvue"])

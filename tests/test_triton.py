@@ -82,6 +82,14 @@ def compare(x, seed, n, m, prune, rescale):
         )
 
 
+def compare_factors(x, n, m):
+    """Float32 sums in another order, for every dtype of the gradient."""
+    expected = reference.channel_factor(x, n, m)
+    result = triton_prune.channel_factor(x, n, m)
+    assert result.dtype == expected.dtype == torch.float32
+    torch.testing.assert_close(result, expected, rtol=ULP[torch.float32], atol=0)
+
+
 @pytest.fixture
 def seed(device):
     return torch.tensor([-6148914691236517206], device=device)
@@ -104,6 +112,27 @@ def test_scope_group(layout, dtype, n, m, prune, device, seed, nan_filled_empty)
 def test_wider_scopes(layout, dtype, n, m, rescale, device, nan_filled_empty):
     x = special((3, 3 * m, 5, 7), dtype)
     compare(layout(x).to(device), None, n, m, "rescaled_magnitude", rescale)
+
+
+@pytest.mark.parametrize("layout", [torch.Tensor.contiguous, as_channels_last])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "m"), PATTERNS)
+@needs_loops
+def test_channel_factor(layout, dtype, n, m, device, nan_filled_empty):
+    x = special((3, 3 * m, 5, 7), dtype)
+    compare_factors(layout(x).to(device), n, m)
+
+
+@needs_loops
+def test_channel_factor_of_other_strides_and_sizes(device, nan_filled_empty):
+    """Gaps, a broadcast, another order; several programs along both axes, the last ones in part."""
+    x = torch.randn(2, 8, 3, 5).to(device)
+    compare_factors(torch.stack([x, x], -1)[..., 0], 2, 4)
+    compare_factors(x[:1].expand(4, 8, 3, 5), 2, 4)
+    compare_factors(x.permute(3, 1, 0, 2), 2, 4)
+    compare_factors(x[:0], 2, 4)
+    for layout in (torch.Tensor.contiguous, as_channels_last):
+        compare_factors(layout(torch.randn(2, 72, 41, 43)).to(device), 2, 4)
 
 
 @pytest.mark.parametrize("shape", [(2, 8, 11), (1, 4, 1, 1), (2, 8, 3, 5, 2), (5, 4, 1), (7, 40)])
@@ -148,6 +177,13 @@ def test_operator_uses_the_kernels_on_a_gpu(prune, seed):
     result = torch.ops.sdgp.prune_nm(x, seed, 2, 4, prune, "group", 1)
     expected = triton_prune.prune_nm(x, seed, 2, 4, prune, "group")
     assert torch.equal(result, expected)
+
+
+@pytest.mark.gpu
+def test_channel_factor_uses_the_kernel_on_a_gpu():
+    x = torch.randn(2, 8, 3, 5, device="cuda").bfloat16()
+    expected = triton_prune.channel_factor(x, 2, 4)
+    assert torch.equal(torch.ops.sdgp.channel_factor(x, 2, 4), expected)
 
 
 @pytest.mark.gpu

@@ -49,15 +49,15 @@ def reason_not_fused(grad_output: ir.TensorBox, prune: str, rescale: str) -> str
         return "symbolic number of channels"
     if V.graph.sizevars.statically_known_equals(grad_output.get_numel(), 0):
         return "no values"
-    device = grad_output.get_device().type
+    device = grad_output.get_device_or_error().type
     generator = getattr(config, f"{device}_backend", None)
     if (device, generator) not in (("cpu", "cpp"), ("cuda", "triton")):
         return "no lowering for this code generator"
     # A tile is pruned where its reductions are made: they must not need a loop or an exchange.
     triton = config.triton
-    split = triton.cooperative_reductions or triton.force_cooperative_reductions
-    split = split or triton.multi_kernel or not triton.persistent_reductions
-    if device == "cuda" and split:
+    whole = triton.persistent_reductions and not triton.multi_kernel
+    whole = whole and not triton.cooperative_reductions
+    if device == "cuda" and (triton.force_cooperative_reductions or not whole):
         return "an option splits Triton's reductions"
     return ""
 
@@ -80,7 +80,8 @@ def _prune_nm(
     if seed is not None:
         seed.realize()
 
-    device, dtype, size = grad_output.get_device(), grad_output.get_dtype(), grad_output.get_size()
+    device, dtype = grad_output.get_device_or_error(), grad_output.get_dtype()
+    size = grad_output.get_size()
 
     def draw(index: Index) -> tuple[Variable, Variable]:
         """The seed, and the number of the group at index in channels-last order."""
@@ -92,7 +93,7 @@ def _prune_nm(
         load = seed.make_loader()
         return load([sympy.S.Zero] * len(seed.get_size())), ops.index_expr(number, torch.int64)
 
-    loops = _TileLoops if device.type == "cuda" else _RegisterLoops
+    loops = TileLoops if device.type == "cuda" else RegisterLoops
     # In the order of the recorded strides, which is what the convolution will ask for.
     strides = V.current_node.meta["val"].stride()
     order = ir.get_stride_order(strides, V.graph.sizevars.shape_env)
@@ -107,7 +108,7 @@ def _prune_nm(
 # The loops
 
 
-class _TileLoops(ir.Sort):
+class TileLoops(ir.Sort):
     """Loops over groups, and within over m channels, that write every value.
 
     The loops of a sort are those of Inductor's that write along the dimension they reduce.
@@ -116,7 +117,7 @@ class _TileLoops(ir.Sort):
     @classmethod
     def over(
         cls, grad_output: ir.TensorBox, m: int, prune_group: Callable[..., Variable]
-    ) -> _TileLoops:
+    ) -> TileLoops:
         load, dtype = _stored(grad_output), grad_output.get_dtype()
         ranges = _groups(grad_output, m)
 
@@ -126,7 +127,7 @@ class _TileLoops(ir.Sort):
             return prune_group(tile, load(index), group)
 
         return cls(
-            device=grad_output.get_device(),
+            device=grad_output.get_device_or_error(),
             dtype=dtype,
             inner_fn=value,
             ranges=ranges,
@@ -149,13 +150,13 @@ class _TileLoops(ir.Sort):
         return ops.store(output_name or "unnamed", indexer(index), self.inner_fn(index))
 
 
-class _RegisterLoops(ir.Pointwise):
+class RegisterLoops(ir.Pointwise):
     """Loops over groups that write m values each."""
 
     @classmethod
     def over(
         cls, grad_output: ir.TensorBox, m: int, prune_group: Callable[..., list[Variable]]
-    ) -> _RegisterLoops:
+    ) -> RegisterLoops:
         load, dtype = _stored(grad_output), grad_output.get_dtype()
 
         def values(group: Index) -> list[Variable]:
@@ -163,7 +164,7 @@ class _RegisterLoops(ir.Pointwise):
             return prune_group(_Registers(m), gradient, group)
 
         return cls(
-            device=grad_output.get_device(),
+            device=grad_output.get_device_or_error(),
             dtype=dtype,
             inner_fn=values,
             ranges=_groups(grad_output, m),
@@ -250,7 +251,8 @@ class _Tile:
         last = ops.sub(_int32(self.m - 1), self.position)
         keys = ops.bitwise_or(scores, ops.to_dtype(last, dtype))
         drop = n > self.m - n
-        kind, further = ("min", ops.gt) if drop else ("max", ops.lt)
+        kind: Any = "min" if drop else "max"
+        further = ops.gt if drop else ops.lt
         none = ops.constant(torch.iinfo(dtype).max if drop else -1, dtype)
         bound = ops.reduction(dtype, dtype, kind, keys)
         for _ in range(min(n, self.m - n) - 1):
@@ -399,7 +401,8 @@ def _mvue(
     def unbiased(
         value: Variable, certain: Variable, sampled: Variable, by_magnitude: Variable
     ) -> Variable:
-        drawn = _where_kept(sampled, ops.copysign(step, value))
+        signed = ops.where(ops.lt(value, _float32(0)), ops.neg(step), step)
+        drawn = _where_kept(sampled, signed)
         result = ops.where(certain, value, drawn)
         return ops.where(finite, result, _where_kept(by_magnitude, value))
 

@@ -1,0 +1,292 @@
+"""`python -m benchmarks.traffic`: what a backward pass launches and moves on a GPU, counted.
+
+The code of a training step is generated for a GPU by stock Inductor and by sdgp, and read. No GPU
+is needed, and nothing is run or timed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch._inductor import memory
+from torch._inductor.dependencies import Dep
+from torch._inductor.graph import GraphLowering
+from torch._inductor.ir import FallbackKernel
+from torch._inductor.scheduler import (
+    BaseSchedulerNode,
+    ExternKernelSchedulerNode,
+    NopKernelSchedulerNode,
+)
+from torch.utils._ordered_set import OrderedSet
+
+from sdgp_fx import SDGPConfig, sdgp
+from sdgp_fx.config import PRUNING_FUNCTIONS, RESCALE_SCOPES
+from sdgp_fx.kernels.lowering import TileLoops
+from sdgp_fx.kernels.op import PRUNE_NM
+
+from . import command
+from .benchmark import Benchmark, Task
+from .gpu_codegen import generate
+from .layers import build_network, check_model
+from .report import Row
+
+MODELS = (
+    "resnet18",
+    "resnet50",
+    "regnetx_004",
+    "convnext_tiny",
+    "mobilenetv3_large_100",
+    "efficientnet_b0",
+    "densenet121",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Backward:
+    """What the generated code of a backward pass does.
+
+    launches: of generated kernels, and calls of this package's own. Libraries' kernels, such as
+        those of convolutions, are the same with and without pruning, and left out.
+    kernels: different generated ones.
+    read, written: bytes by these launches: each tensor, or the part that is used, once a launch.
+        What a kernel reads of its own results has not left its registers and is not counted.
+    pruned: bytes of each gradient that is pruned.
+    unfused: what computes the gradient, for each that is pruned in a launch of its own.
+    peak: the most bytes that are held at once, by Inductor's estimate; with the saved tensors.
+    """
+
+    launches: int
+    kernels: int
+    read: int
+    written: int
+    pruned: list[int]
+    unfused: list[str]
+    peak: int
+
+    @classmethod
+    def count(cls, graph: GraphLowering, code: str) -> Backward:
+        """Count what is in a graph whose code has been generated, in the graph's context."""
+        nodes = [node for node in graph.scheduler.nodes if _is_counted(node)]
+        read = written = 0
+        for node in nodes:
+            writes = node.read_writes.writes
+            results = {dep.name for dep in writes}
+            written += _bytes(graph, writes)
+            read += _bytes(graph, (d for d in node.read_writes.reads if d.name not in results))
+        prunes = graph.orig_gm.graph.find_nodes(op="call_function", target=PRUNE_NM)
+        gradients = [node.meta["val"] for node in prunes]
+        return cls(
+            launches=code.count(".run(") + sum(map(_is_own_kernel, nodes)),
+            kernels=len(set(re.findall(r"^def (triton_\w+)", code, re.M))),
+            read=read,
+            written=written,
+            pruned=[gradient.numel() * gradient.itemsize for gradient in gradients],
+            unfused=[source for node in nodes for source in _unfused(graph, node)],
+            peak=_peak(graph),
+        )
+
+
+def _is_counted(node: BaseSchedulerNode) -> bool:
+    if isinstance(node, ExternKernelSchedulerNode):
+        return _is_own_kernel(node)
+    return not isinstance(node, NopKernelSchedulerNode)
+
+
+def _is_own_kernel(node: BaseSchedulerNode) -> bool:
+    called = node.node.op_overload if isinstance(node.node, FallbackKernel) else None
+    return isinstance(called, torch._ops.OpOverload) and called.namespace == "sdgp"
+
+
+def _bytes(graph: GraphLowering, dependencies: Iterable[Dep]) -> int:
+    """Of all tensors in memory among dependencies; no more than a tensor has, however often."""
+    accessed: Counter[str] = Counter()
+    for dependency in set(dependencies):
+        if dependency.name not in graph.removed_buffers:
+            accessed[dependency.name] += dependency.numbytes_hint()
+    return sum(min(size, _size(graph, name)) for name, size in accessed.items())
+
+
+def _size(graph: GraphLowering, name: str) -> int:
+    return int(graph.get_numel(name)) * graph.get_dtype(name).itemsize
+
+
+def _unfused(graph: GraphLowering, node: BaseSchedulerNode) -> list[str]:
+    """What computes the gradients that are pruned in this launch, those from other launches."""
+    if _is_own_kernel(node):
+        return ["not lowered"]
+    results = {dep.name for dep in node.read_writes.writes}
+    sources = []
+    for part in node.get_nodes():
+        if isinstance(getattr(part.node, "data", None), TileLoops):
+            # Not the seed, which is the other thing that may be read.
+            gradient = max(part.read_writes.reads, key=lambda dep: dep.numbytes_hint())
+            if gradient.name not in results:
+                sources.append(_source(graph, gradient.name))
+    return sources
+
+
+def _source(graph: GraphLowering, name: str) -> str:
+    """What kind of launch computes a tensor."""
+    scheduler = graph.scheduler
+    if name not in scheduler.name_to_buf:
+        return "input of the graph"
+    node = scheduler.name_to_fused_node[scheduler.name_to_buf[name].defining_op_name()]
+    if isinstance(node, ExternKernelSchedulerNode):
+        return "library kernel"
+    return "reduction" if node.is_reduction() else "pointwise kernel"
+
+
+def _peak(graph: GraphLowering) -> int:
+    scheduler = graph.scheduler
+    peak, _ = memory.prepare_planning_info(
+        scheduler.nodes,
+        scheduler.name_to_buf,
+        scheduler.name_to_fused_node,
+        OrderedSet(graph.graph_inputs),
+        OrderedSet(graph.get_output_names()),
+    )
+    return peak
+
+
+def plan(
+    device: torch.device,
+    models: Sequence[str],
+    batch: int,
+    size: int,
+    dtype: str,
+    memory_format: str,
+    n: int,
+    m: int,
+    prune: str,
+    rescale: str,
+) -> list[Task]:
+    """A task for each model."""
+    pruning: dict[str, Any] = {"n": n, "m": m, "prune": prune, "rescale": rescale}
+    SDGPConfig(**pruning)
+    for model in models:
+        check_model(model)
+    return [
+        Task(model, partial(compare, model, batch, size, dtype, memory_format, pruning))
+        for model in models
+    ]
+
+
+def compare(
+    model: str, batch: int, size: int, dtype: str, memory_format: str, pruning: dict[str, Any]
+) -> list[Row]:
+    """A row: stock's backward, sdgp's, and how they differ."""
+    format_ = command.MEMORY_FORMATS[memory_format]
+    network = build_network(model).to(getattr(torch, dtype)).to(memory_format=format_)
+    images = torch.empty(batch, 3, size, size, dtype=getattr(torch, dtype), device="meta")
+    images = images.contiguous(memory_format=format_)
+    counted: dict[str, Backward] = {}
+    saved: dict[str, int] = {}
+    options = {f"sdgp.{name}": value for name, value in pruning.items()}
+    compilers: dict[str, Callable[..., Any]] = {
+        "stock": torch.compile,
+        "sdgp": partial(torch.compile, backend=sdgp, options=options),
+    }
+    for name, compile_ in compilers.items():
+
+        def inspect(graph: GraphLowering, code: str, name: str = name) -> None:
+            if graph.is_backward:
+                counted[name] = Backward.count(graph, code)
+                saved[name] = sum(_size(graph, value) for value in graph.graph_inputs)
+
+        generate(network, images, compile_, inspect)
+    stock, ours = counted["stock"], counted["sdgp"]
+    pruned = sum(ours.pruned)
+    extra = ours.read + ours.written - stock.read - stock.written
+    return [
+        {
+            "model": model,
+            "batch": batch,
+            "size": size,
+            "dtype": dtype,
+            "memory_format": memory_format,
+            **pruning,
+            "layers": len(ours.pruned),
+            "pruned_bytes": pruned,
+            "largest_pruned_bytes": max(ours.pruned, default=0),
+            "stock": dataclasses.asdict(stock),
+            "sdgp": dataclasses.asdict(ours),
+            "stock_launches": stock.launches,
+            "extra_launches": ours.launches - stock.launches,
+            "extra_kernels": ours.kernels - stock.kernels,
+            "stock_gb": (stock.read + stock.written) / 1e9,
+            "extra_read_gb": (ours.read - stock.read) / 1e9,
+            "extra_written_gb": (ours.written - stock.written) / 1e9,
+            "pruned_gb": pruned / 1e9,
+            "extra_bytes_per_pruned": extra / pruned if pruned else None,
+            "extra_saved_bytes": saved["sdgp"] - saved["stock"],
+            "extra_peak_per_largest": (ours.peak - stock.peak) / max(ours.pruned, default=math.nan),
+            "unfused": dict(Counter(ours.unfused)),
+        }
+    ]
+
+
+def headline(rows: Sequence[Row]) -> list[str]:
+    """For every model with prunes in launches of their own, what computes their gradients."""
+    lines = []
+    for row in rows:
+        for source, count in row["unfused"].items():
+            lines.append(f"{row['model']}: {count} pruned in a launch of its own, after {source}")
+    return lines or ["every gradient is pruned in the kernel that computes it"]
+
+
+BENCHMARK = Benchmark(
+    name="traffic",
+    plan=plan,
+    columns={
+        "model": ("model", ""),
+        "layers": ("layers", "d"),
+        "launches": ("stock_launches", "d"),
+        "+launches": ("extra_launches", "+d"),
+        "+kernels": ("extra_kernels", "+d"),
+        "GB": ("stock_gb", ".3f"),
+        "+GB read": ("extra_read_gb", "+.3f"),
+        "+GB written": ("extra_written_gb", "+.3f"),
+        "GB pruned": ("pruned_gb", ".3f"),
+        "+GB/pruned": ("extra_bytes_per_pruned", ".4f"),
+        "+peak/largest": ("extra_peak_per_largest", "+.2f"),
+    },
+    headline=headline,
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command in argv, sys.argv by default; return the exit code."""
+    parser = command.Parser(
+        "traffic",
+        description="Count what the backward pass of networks launches, reads and writes on a "
+        "GPU, as compiled by stock Inductor and by sdgp: launches and bytes of generated kernels "
+        "and of the prune's own, without those of libraries. +GB/pruned are the bytes that sdgp "
+        "adds, as a multiple of the pruned gradients' own; 1 is one write and nothing else. "
+        "+peak/largest is the growth of the peak memory as a multiple of the largest gradient. "
+        "No GPU is used, and nothing is timed.",
+        example="--model resnet18 --out traffic.json",
+    )
+    parser.add_models(MODELS)
+    parser.add_dtype(command.DTYPES, "bfloat16")
+    parser.add_memory_format()
+    add = parser.add_argument
+    add("--n", type=int, default=2, help="(%(default)s)")
+    add("--m", type=int, default=4, help="(%(default)s)")
+    functions = f"one of {', '.join(PRUNING_FUNCTIONS)} (%(default)s)"
+    add("--prune", default="rescaled_magnitude", metavar="FUNCTION", help=functions)
+    scopes = f"of rescaled_magnitude: one of {', '.join(RESCALE_SCOPES)} (%(default)s)"
+    add("--rescale", default="group", metavar="SCOPE", help=scopes)
+    parser.add_out()
+    return command.run(BENCHMARK, parser, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
