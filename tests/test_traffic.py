@@ -107,9 +107,10 @@ def test_inductors_own_layout_optimisation_brings_no_copy():
     counted = count(Net().bfloat16(), images)
     (stock, _), (ours, code) = counted["stock"], counted["sdgp"]
     assert "(32768, 1, 1024, 32)" in code  # The gradient's strides.
-    assert ours.launches == stock.launches
-    assert ours.read == stock.read
-    assert ours.written == stock.written + ours.pruned[0]
+    assert ours.unfused == []
+    assert ours.launches <= stock.launches
+    assert ours.read <= stock.read
+    assert ours.written <= stock.written + ours.pruned[0]
 
 
 def test_command(tmp_path, capsys):

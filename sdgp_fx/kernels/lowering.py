@@ -24,6 +24,7 @@ from typing import Any
 
 import sympy
 import torch
+from torch import fx
 from torch._inductor import config, ir
 from torch._inductor.lowering import fallback_handler, register_lowering
 from torch._inductor.runtime.hints import ReductionHint
@@ -72,13 +73,15 @@ def _prune_nm(
     rescale: str,
     groups: int,
 ) -> ir.TensorBox:
-    if reason_not_fused(grad_output, prune, rescale):
-        call_kernel = fallback_handler(PRUNE_NM, add_to_fallback_set=False)
-        return call_kernel(grad_output, seed, n, m, prune, rescale, groups)
     # The weight gradient reads the same gradient, and other layers the same draw of seeds.
     grad_output.realize()
     if seed is not None:
         seed.realize()
+    order = _decide_stride_order(V.current_node)
+    _reconsider_layout(grad_output, V.current_node.args[0], order)
+    if reason_not_fused(grad_output, prune, rescale):
+        call_kernel = fallback_handler(PRUNE_NM, add_to_fallback_set=False)
+        return call_kernel(grad_output, seed, n, m, prune, rescale, groups)
 
     device, dtype = grad_output.get_device_or_error(), grad_output.get_dtype()
     size = grad_output.get_size()
@@ -94,15 +97,55 @@ def _prune_nm(
         return load([sympy.S.Zero] * len(seed.get_size())), ops.index_expr(number, torch.int64)
 
     loops = TileLoops if device.type == "cuda" else RegisterLoops
-    # In the order of the recorded strides, which is what the convolution will ask for.
-    strides = V.current_node.meta["val"].stride()
-    order = ir.get_stride_order(strides, V.graph.sizevars.shape_env)
-    layout = ir.FixedLayout(device, dtype, size, ir.FlexibleLayout.stride_ordered(size, order))
     data = loops.over(grad_output, m, functools.partial(_prune_group, n, m, prune, dtype, draw))
+    strides = ir.FlexibleLayout.stride_ordered(size, order)
+    layout = ir.FixedLayout(device, dtype, size, strides)
     buffer = ir.ComputedBuffer(name=None, layout=layout, data=data)
     buffer.name = V.graph.register_buffer(buffer)
     V.graph.register_operation(buffer)
     return ir.TensorBox.create(buffer)
+
+
+def _decide_stride_order(node: fx.Node) -> Sequence[int]:
+    """That of the input gradients computed from node, if they are its only use; and record it.
+
+    The recorded strides are those of an eager run. A convolution's kernel wants those of its
+    result, and Inductor makes a copy of what has others on record (checked on torch 2.14).
+    """
+    recorded, shape_env = node.meta["val"], V.graph.sizevars.shape_env
+    order = ir.get_stride_order(recorded.stride(), shape_env)
+    wanted = order
+    for user in node.users:
+        if user.target is not torch.ops.aten.convolution_backward.default:
+            return order
+        wanted = ir.get_stride_order(user.meta["val"][0].stride(), shape_env)
+    _record_stride_order(node, wanted)
+    return wanted
+
+
+def _reconsider_layout(grad_output: ir.TensorBox, node: fx.Node, order: Sequence[int]) -> None:
+    """Let grad_output have the strides that it would have without a prune.
+
+    Inductor leaves the layout of a gradient to the convolution, if that alone uses it; but gives
+    it the recorded strides early, if there is another use, which the prune is. As long as nothing
+    reads it that can be taken back.
+    """
+    buffer = grad_output.data.data if isinstance(grad_output.data, ir.StorageBox) else None
+    if not isinstance(buffer, ir.ComputedBuffer) or V.graph.name_to_users[buffer.get_name()]:
+        return
+    if isinstance(buffer.layout, ir.FixedLayout) and not buffer.layout.is_stride_ordered(order):
+        size = buffer.get_size()
+        strides = ir.FlexibleLayout.stride_ordered(size, order)
+        device, dtype = buffer.get_device_or_error(), buffer.get_dtype()
+        buffer.layout = ir.FixedLayout(device, dtype, size, strides)
+        _record_stride_order(node, order)
+
+
+def _record_stride_order(node: fx.Node, order: Sequence[int]) -> None:
+    recorded = node.meta["val"]
+    if ir.get_stride_order(recorded.stride(), V.graph.sizevars.shape_env) != order:
+        strides = ir.FlexibleLayout.stride_ordered(recorded.shape, order)
+        node.meta["val"] = recorded.new_empty_strided(recorded.shape, strides)
 
 
 # The loops
