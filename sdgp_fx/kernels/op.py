@@ -1,4 +1,4 @@
-"""The operator sdgp::prune_nm: schema, checks, implementations, and the call for users."""
+"""The operators sdgp::prune_nm and sdgp::channel_factor: schema, checks, kernels; `prune`."""
 
 from __future__ import annotations
 
@@ -62,6 +62,36 @@ def _(grad_output: Tensor, *settings: Any) -> Tensor:
     return torch.empty_like(grad_output)
 
 
+@torch.library.custom_op("sdgp::channel_factor", mutates_args=())
+def channel_factor(grad_output: Tensor, n: int, m: int) -> Tensor:
+    """What "rescaled_magnitude" with scope "channel" multiplies the kept values of a channel by.
+
+    grad_output, n, m: as for sdgp::prune_nm; C a multiple of m.
+    Returns (C,), float32; float64 for a float64 gradient.
+    Raises ValueError where an argument is not as described here and in SDGPConfig.
+    """
+    _check_gradient(grad_output, n, m, groups=1)
+    return reference.channel_factor(grad_output, n, m)
+
+
+CHANNEL_FACTOR = torch.ops.sdgp.channel_factor.default
+
+
+@channel_factor.register_kernel("cuda")
+def _(grad_output: Tensor, n: int, m: int) -> Tensor:
+    from . import triton_prune
+
+    _check_gradient(grad_output, n, m, groups=1)
+    return triton_prune.channel_factor(grad_output, n, m)
+
+
+@channel_factor.register_fake
+def _(grad_output: Tensor, n: int, m: int) -> Tensor:
+    _check_gradient(grad_output, n, m, groups=1)
+    dtype = reference.accumulation_dtype(grad_output.dtype)
+    return grad_output.new_empty((grad_output.shape[1],), dtype=dtype)
+
+
 def prune(
     grad_output: Tensor,
     n: int = 2,
@@ -96,9 +126,16 @@ def _check(
     rescale: str,
     groups: int,
 ) -> None:
-    check_pattern(n, m)
     check_choice("prune", prune, PRUNING_FUNCTIONS)
     check_choice("rescale", rescale, RESCALE_SCOPES)
+    _check_gradient(grad_output, n, m, groups)
+    if prune in STOCHASTIC and (seed is None or seed.dtype != torch.int64 or seed.numel() != 1):
+        got = "None" if seed is None else f"{tuple(seed.shape)} of {seed.dtype}"
+        raise ValueError(f"seed: expected one int64 for prune = {prune!r}, got {got}")
+
+
+def _check_gradient(grad_output: Tensor, n: int, m: int, groups: int) -> None:
+    check_pattern(n, m)
     if not supports_dtype(grad_output.dtype, grad_output.device):
         raise ValueError(
             "grad_output: expected float32, bfloat16, float16, or float64 on the CPU, "
@@ -113,6 +150,3 @@ def _check(
             "groups: expected a number of convolution groups that leaves each a multiple of "
             f"m = {m} channels, got {groups} groups of {grad_output.shape[1]} channels"
         )
-    if prune in STOCHASTIC and (seed is None or seed.dtype != torch.int64 or seed.numel() != 1):
-        got = "None" if seed is None else f"{tuple(seed.shape)} of {seed.dtype}"
-        raise ValueError(f"seed: expected one int64 for prune = {prune!r}, got {got}")

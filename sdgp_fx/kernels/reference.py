@@ -29,8 +29,8 @@ def prune_nm(
     Returns a new tensor with grad_output's shape and dtype, and the strides of
     `torch.empty_like(grad_output)`.
     """
-    groups = grad_output.movedim(1, -1).unflatten(-1, (grad_output.shape[1] // m, m))
-    values = groups.to(torch.promote_types(groups.dtype, torch.float32))
+    groups = channel_groups(grad_output, m)
+    values = groups.to(accumulation_dtype(groups.dtype))
     if prune == "magnitude":
         result = torch.where(magnitude_keep(groups, n), groups, 0)
     elif prune == "rescaled_magnitude":
@@ -43,6 +43,21 @@ def prune_nm(
         result = mvue(values, uniform(values.shape[:-1], seed), n)
     pruned = result.to(groups.dtype).flatten(-2).movedim(-1, 1)
     return torch.empty_like(grad_output).copy_(pruned)
+
+
+def channel_factor(grad_output: Tensor, n: int, m: int) -> Tensor:
+    """The factors (C,) of "rescaled_magnitude" with scope "channel", in the dtype of its sums."""
+    values = channel_groups(grad_output, m).to(accumulation_dtype(grad_output.dtype))
+    return rescale_factor(values, magnitude_keep(values, n), "channel").flatten()
+
+
+def channel_groups(grad_output: Tensor, m: int) -> Tensor:
+    """The view (N, *spatial, C / m, m)."""
+    return grad_output.movedim(1, -1).unflatten(-1, (grad_output.shape[1] // m, m))
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
 def largest(score: Tensor, n: int) -> Tensor:
@@ -69,6 +84,14 @@ def random_keep(shape: torch.Size, seed: Tensor, n: int) -> Tensor:
 def rescaled_magnitude(values: Tensor, n: int, rescale: str) -> Tensor:
     """Magnitude, times sum |g| / sum |kept g| over the rescale scope (section III-B, Fig. 4)."""
     keep = magnitude_keep(values, n)
+    return torch.where(keep, values * rescale_factor(values, keep, rescale), 0)
+
+
+def rescale_factor(values: Tensor, keep: Tensor, rescale: str) -> Tensor:
+    """sum |g| / sum |kept g|, and 1 wherever that is no finite number: nothing kept, an overflow.
+
+    Has the dimensions of values, those of the scope with size 1.
+    """
     total, kept = values.abs(), torch.where(keep, values.abs(), 0)
     if rescale == "group":
         total, kept = (group_sum(t).unsqueeze(-1) for t in (total, kept))
@@ -77,11 +100,6 @@ def rescaled_magnitude(values: Tensor, n: int, rescale: str) -> Tensor:
         scope = spatial if rescale == "feature_map" else (0, *spatial)
         if scope:
             total, kept = (t.sum(scope, keepdim=True) for t in (total, kept))
-    return torch.where(keep, values * rescale_factor(total, kept), 0)
-
-
-def rescale_factor(total: Tensor, kept: Tensor) -> Tensor:
-    """total / kept, and 1 wherever that is no finite number: nothing kept, or an overflow."""
     factor = total / kept
     return torch.where(factor.isfinite(), factor, 1)
 

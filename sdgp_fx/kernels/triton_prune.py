@@ -11,7 +11,7 @@ memory formats are read in place:
 
 Scope "group" is one launch that reads and writes the gradient once. Scope "feature_map" is one
 launch in which a program reads its feature maps twice, the second time from L2 where they
-fit. Scope "channel" adds a launch that only reads, for the sums.
+fit. Scope "channel" adds a launch that only reads, for the sums; the factors are to be had alone too.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ _WARPS = 4
 _THREADS = 32 * _WARPS
 # Programs that share the sums of scope "channel"; about four for each multiprocessor.
 _SUM_PROGRAMS = 512
+# Fused multiply-adds would round otherwise than the reference, and choose otherwise.
+_LAUNCH = {"num_warps": _WARPS, "enable_fp_fusion": False}
 
 
 # Tuples of registers
@@ -502,6 +504,32 @@ def prune_nm(
     return out
 
 
+def channel_factor(grad_output: Tensor, n: int, m: int) -> Tensor:
+    """As reference.channel_factor, for float32, bfloat16 and float16 on a GPU.
+
+    Gradients that are neither channels last nor contiguous are copied once before.
+    """
+    samples, channels = grad_output.shape[:2]
+    if grad_output.numel() == 0:
+        return grad_output.new_ones((channels,), dtype=torch.float32)
+    channels_last = grad_output.movedim(1, -1).is_contiguous()
+    x = grad_output if channels_last else grad_output.contiguous()
+    spatial = x.numel() // (samples * channels)
+    rows, columns = scope_tile(m, channels, channels_last)
+    column_programs = triton.cdiv(channels, columns)
+    chunks = triton.cdiv(_SUM_PROGRAMS, samples * column_programs)
+    chunk = rows * triton.cdiv(triton.cdiv(spatial, rows), chunks)
+    parts = samples * triton.cdiv(spatial, chunk)
+    sums = x.new_empty((parts, 2, channels), dtype=torch.float32)
+    with torch.cuda.device_of(x):
+        _channel_sums_kernel[(parts, column_programs)](
+            x, sums, channels, spatial, chunk, n, m, channels_last, rows, columns, **_LAUNCH
+        )
+    total, kept = sums.sum(0)
+    factor = total / kept
+    return torch.where(factor.isfinite(), factor, 1).clamp(min=1)
+
+
 def _prune_dense(
     x: Tensor,
     out: Tensor,
@@ -515,42 +543,20 @@ def _prune_dense(
     samples, channels = x.shape[:2]
     spatial = x.numel() // (samples * channels)
     scope = rescale if prune == "rescaled_magnitude" else "group"
-    # Fused multiply-adds would round otherwise than the reference, and choose otherwise.
-    launch = {"num_warps": _WARPS, "enable_fp_fusion": False}
     with torch.cuda.device_of(x):
         if scope == "feature_map":
             rows, columns = scope_tile(m, channels, channels_last)
             _feature_map_kernel[(samples, triton.cdiv(channels, columns))](
-                x, out, channels, spatial, n, m, channels_last, rows, columns, **launch
+                x, out, channels, spatial, n, m, channels_last, rows, columns, **_LAUNCH
             )
             return
-        factor = None
-        if scope == "channel":
-            factor = _channel_factor(x, n, m, channels, spatial, channels_last, launch)
+        factor = channel_factor(x, n, m) if scope == "channel" else None
         size = x.numel() if channels_last else x.numel() // m
         block = group_block(m, channels_last)
         _prune_kernel[(triton.cdiv(size, block),)](
             x, out, seed, factor, size, channels, spatial,
-            n, m, prune, channels_last, block, **launch,
+            n, m, prune, channels_last, block, **_LAUNCH,
         )  # fmt: skip
-
-
-def _channel_factor(
-    x: Tensor, n: int, m: int, channels: int, spatial: int, channels_last: bool, launch: dict
-) -> Tensor:
-    """The factors [channels] of scope "channel", float32."""
-    rows, columns = scope_tile(m, channels, channels_last)
-    samples, column_programs = x.shape[0], triton.cdiv(channels, columns)
-    chunks = triton.cdiv(_SUM_PROGRAMS, samples * column_programs)
-    chunk = rows * triton.cdiv(triton.cdiv(spatial, rows), chunks)
-    parts = samples * triton.cdiv(spatial, chunk)
-    sums = x.new_empty((parts, 2, channels), dtype=torch.float32)
-    _channel_sums_kernel[(parts, column_programs)](
-        x, sums, channels, spatial, chunk, n, m, channels_last, rows, columns, **launch
-    )
-    total, kept = sums.sum(0)
-    factor = total / kept
-    return torch.where(factor.isfinite(), factor, 1).clamp(min=1)
 
 
 def group_block(m: int, channels_last: bool) -> int:

@@ -8,6 +8,14 @@
 
 The weight gradient keeps the dense gO (McDanel et al. 2022, section III). Libraries run the two
 halves of convolution_backward one after the other anyway.
+
+Rescaled magnitude with scope "channel" needs sums over all of gO, which a kernel that produces gO
+doesn't have while it prunes. But the input gradient is linear in each output channel: the weight
+takes the channels' factors, and the prune that is left needs one group at a time.
+
+             p      = sdgp.prune_nm(gO, ..., "magnitude", ...)
+             wf     = w * sdgp.channel_factor(gO, ...)
+             gx     = convolution_backward(p, x, wf, ..., mask=[1, 0, 0])
 """
 
 from __future__ import annotations
@@ -23,9 +31,16 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..config import SDGPConfig
 from ..kernels import op
-from ..kernels.op import PRUNE_NM
+from ..kernels.op import CHANNEL_FACTOR, PRUNE_NM
 
 CONVOLUTION_BACKWARD = torch.ops.aten.convolution_backward.default
+
+# A channel that keeps next to nothing may have any factor. A kept value times it stays below the
+# channel's sum, but a weight could become infinite, and NaN times the zeros of the gradient.
+LARGEST_FACTOR = 2.0**64
+
+# In a node's meta: it keeps the dense gradient of a layer, whose input gradient is another node.
+_DENSE_HALF = "sdgp_dense_half"
 
 NO_INPUT_GRADIENT = "no input gradient"
 KEEPS_ALL = "n = m keeps every value"
@@ -79,8 +94,7 @@ def prune_input_grads(graph: fx.Graph, config: SDGPConfig) -> list[Decision]:
     has been rewritten before is left as it is, with the same decisions.
     """
     found = graph.find_nodes(op="call_function", target=CONVOLUTION_BACKWARD)
-    halves = {_other_half(node) for node in found if _is_pruned(node)}
-    layers = [node for node in found if _is_pruned(node) or _operands(node) not in halves]
+    layers = [node for node in found if _DENSE_HALF not in node.meta]
     reasons = {node: "" if _is_pruned(node) else _reason_dense(node, config) for node in layers}
 
     to_prune = [node for node in layers if not reasons[node] and not _is_pruned(node)]
@@ -118,8 +132,11 @@ def _rewrite(graph: fx.Graph, node: fx.Node, seed: fx.Node | None, config: SDGPC
     """Split node into its input gradient, of the pruned grad_output, and the rest as it was."""
     args = _arguments(node)
     values = node.meta["val"]
-    settings = (config.n, config.m, config.prune, config.rescale, args.groups)
+    prune, weight = config.prune, args.weight
     with graph.inserting_before(node):
+        if _folds_factor(args, config):
+            prune, weight = "magnitude", _scaled_weight(graph, node, config)
+        settings = (config.n, config.m, prune, config.rescale, args.groups)
         pruned = _call(
             graph,
             PRUNE_NM,
@@ -127,17 +144,51 @@ def _rewrite(graph: fx.Graph, node: fx.Node, seed: fx.Node | None, config: SDGPC
             torch.empty_like(args.grad_output.meta["val"]),
             node,
         )
+        mask = [True, False, False]
         input_grad = _call(
             graph,
             CONVOLUTION_BACKWARD,
-            tuple(args._replace(grad_output=pruned, output_mask=[True, False, False])),
+            tuple(args._replace(grad_output=pruned, weight=weight, output_mask=mask)),
             (values[0], None, None),
             node,
         )
     for output in _outputs(node, 0):
         output.update_arg(0, input_grad)
     node.args = tuple(args._replace(output_mask=[False, *args.output_mask[1:]]))
-    node.meta["val"] = (None, *values[1:])
+    node.meta.update({"val": (None, *values[1:]), _DENSE_HALF: True})
+
+
+def _folds_factor(args: _Arguments, config: SDGPConfig) -> bool:
+    """Whether the weight takes the factors of the rescaled magnitude.
+
+    Not in float16, where ordinary factors can carry a weight past its range. In float64 there is
+    nothing to gain: no fused prune takes it. The output channels of a transposed convolution in
+    groups lie in two dimensions of its weight, which is not worth the views.
+    """
+    return (
+        config.prune == "rescaled_magnitude"
+        and config.rescale == "channel"
+        and args.grad_output.meta["val"].dtype in (torch.float32, torch.bfloat16)
+        and not (args.transposed and args.groups > 1)
+    )
+
+
+def _scaled_weight(graph: fx.Graph, node: fx.Node, config: SDGPConfig) -> fx.Node:
+    """node's weight times its output channels' factors, multiplied in float32."""
+
+    def call(target: Any, *operands: Any) -> fx.Node:
+        value = target(*fx.node.map_arg(operands, lambda operand: operand.meta["val"]))
+        return _call(graph, target, operands, value, node)
+
+    args = _arguments(node)
+    weight = args.weight.meta["val"]
+    along_outputs = [1] * weight.dim()
+    along_outputs[1 if args.transposed else 0] = -1
+    factor = call(CHANNEL_FACTOR, args.grad_output, config.n, config.m)
+    factor = call(torch.ops.aten.clamp_max.default, factor, LARGEST_FACTOR)
+    factor = call(torch.ops.aten.view.default, factor, along_outputs)
+    scaled = call(torch.ops.aten.mul.Tensor, args.weight, factor)
+    return call(torch.ops.prims.convert_element_type.default, scaled, weight.dtype)
 
 
 def _draw_seeds(graph: fx.Graph, layers: list[fx.Node]) -> dict[fx.Node, fx.Node]:
@@ -198,18 +249,6 @@ def _is_pruned(node: fx.Node) -> bool:
     """Whether node is the input gradient of a layer that this pass has rewritten."""
     args = _arguments(node)
     return args.grad_output.target is PRUNE_NM and list(args.output_mask) == [True, False, False]
-
-
-def _operands(node: fx.Node) -> tuple[Any, ...]:
-    """What tells one call of a layer from another, and the halves of a rewritten one."""
-    args = _arguments(node)
-    return (args.grad_output, args.input, args.weight, args.output_mask[0])
-
-
-def _other_half(pruned: fx.Node) -> tuple[Any, ...]:
-    """The operands of the half of a rewritten layer that keeps the dense gradient."""
-    args = _arguments(pruned)
-    return (args.grad_output.args[0], args.input, args.weight, False)
 
 
 def _decision(node: fx.Node, reason: str) -> Decision:
