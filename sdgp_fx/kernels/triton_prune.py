@@ -11,7 +11,7 @@ memory formats are read in place:
 
 Scope "group" is one launch that reads and writes the gradient once. Scope "feature_map" is one
 launch in which a program reads its feature maps twice, the second time from L2 where they
-fit. Scope "channel" adds a launch that only reads, for the sums; the factors are to be had alone too.
+fit. Scope "channel" adds a launch that only reads, for the sums of `channel_factor`.
 """
 
 from __future__ import annotations
