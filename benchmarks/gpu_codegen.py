@@ -133,6 +133,7 @@ def gpu_codegen(inspect: Callable[[GraphLowering, str], None]) -> Iterator[None]
         return module
 
     state = torch.zeros(16, dtype=torch.uint8)
+    cudnn = torch._C._ConvBackend.Cudnn  # type: ignore[attr-defined]
     capability = f"{PROPERTIES.major}{PROPERTIES.minor}"
     answers: dict[str, Any] = {
         "is_available": True,
@@ -162,7 +163,7 @@ def gpu_codegen(inspect: Callable[[GraphLowering, str], None]) -> Iterator[None]
         (torch._C, "_cuda_exchangeDevice", _answer(0)),
         (torch._C, "_cuda_maybeExchangeDevice", _answer(0)),
         (torch._C, "_cuda_getCurrentRawStream", _answer(0)),
-        (torch._C, "_select_conv_backend", _answer(torch._C._ConvBackend.Cudnn)),
+        (torch._C, "_select_conv_backend", _answer(cudnn)),
         (torch._C, "_conv_determine_backend_memory_format", _cudnn_memory_format),
         (CudaInterface, "is_available", staticmethod(_answer(True))),
         (CudaInterface, "current_device", staticmethod(_answer(0))),

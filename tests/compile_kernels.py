@@ -48,7 +48,8 @@ def prune_kernel(dtype, n, m, prune, channels_last, capability, scope="group", *
     arguments = {"x_ptr": f"*{dtype}", "out_ptr": f"*{dtype}"}
     arguments |= {"size": "i32", "channels": "i32", "spatial": "i32"}
     constants = {"N": n, "M": m, "PRUNE": prune, "CHANNELS_LAST": channels_last}
-    constants |= {"BLOCK": triton_prune.group_block(m, channels_last)}
+    wide = kwargs.get("sizes") == "wide"
+    constants |= {"BLOCK": triton_prune.group_block(m, channels_last, wide)}
     for name, kind, used in (
         ("seed_ptr", "*i64", prune in ("random", "mvue")),
         ("factor_ptr", "*fp32", scope == "channel"),

@@ -77,8 +77,9 @@ def _prune_nm(
     grad_output.realize()
     if seed is not None:
         seed.realize()
-    order = _decide_stride_order(V.current_node)
-    _reconsider_layout(grad_output, V.current_node.args[0], order)
+    node = V.current_node
+    order = _decide_stride_order(node)
+    _reconsider_layout(grad_output, node.all_input_nodes[0], order)
     if reason_not_fused(grad_output, prune, rescale):
         call_kernel = fallback_handler(PRUNE_NM, add_to_fallback_set=False)
         return call_kernel(grad_output, seed, n, m, prune, rescale, groups)

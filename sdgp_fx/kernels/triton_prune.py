@@ -552,18 +552,22 @@ def _prune_dense(
             return
         factor = channel_factor(x, n, m) if scope == "channel" else None
         size = x.numel() if channels_last else x.numel() // m
-        block = group_block(m, channels_last)
+        block = group_block(m, channels_last, wide=x.numel() > torch.iinfo(torch.int32).max)
         _prune_kernel[(triton.cdiv(size, block),)](
             x, out, seed, factor, size, channels, spatial,
             n, m, prune, channels_last, block, **_LAUNCH,
         )  # fmt: skip
 
 
-def group_block(m: int, channels_last: bool) -> int:
-    """BLOCK of the kernel for one group at a time: values in channels last, groups in NCHW."""
+def group_block(m: int, channels_last: bool, wide: bool = False) -> int:
+    """BLOCK of the kernel for one group at a time: values in channels last, groups in NCHW.
+
+    wide: the sizes need 64 bits. So do then the positions in the planes, in registers that "mvue"
+    has not got to spare (Triton 3.8 spills some).
+    """
     if channels_last:
         return max(_TILE, _THREADS * m)
-    return max(_THREADS, min(1024, 2 * _TILE // m))
+    return max(_THREADS, min(512 if wide else 1024, 2 * _TILE // m))
 
 
 def scope_tile(m: int, channels: int, channels_last: bool) -> tuple[int, int]:
