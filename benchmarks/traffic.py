@@ -120,8 +120,8 @@ def _size(graph: GraphLowering, name: str) -> int:
 
 def _unfused(graph: GraphLowering, node: BaseSchedulerNode) -> list[str]:
     """What computes the gradients that are pruned in this launch, those from other launches."""
-    if _is_own_kernel(node):
-        return ["not lowered"]
+    if isinstance(node.node, FallbackKernel):
+        return ["not lowered"] if node.node.op_overload is PRUNE_NM else []
     results = {dep.name for dep in node.read_writes.writes}
     sources = []
     for part in node.get_nodes():
