@@ -29,6 +29,7 @@ from torch import Tensor, fx, nn
 from torch._dynamo.device_interface import CudaInterface
 from torch._inductor import compile_fx, decomposition
 from torch._inductor.graph import GraphLowering
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.utils._pytree import tree_map
 from triton.backends.compiler import GPUTarget
@@ -158,6 +159,7 @@ def gpu_codegen(inspect: Callable[[GraphLowering, str], None]) -> Iterator[None]
     replaced += [
         (torch.cuda.random, "get_rng_state", _answer(state)),
         (torch.cuda.random, "set_rng_state", _answer(None)),
+        (fake_tensor, "init_gpu_context", _answer(None)),
         (torch._C, "_cuda_getDevice", _answer(0)),
         (torch._C, "_cuda_setDevice", _answer(None)),
         (torch._C, "_cuda_exchangeDevice", _answer(0)),
