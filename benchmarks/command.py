@@ -9,6 +9,8 @@ from typing import Any, NoReturn
 
 import torch
 
+from sdgp_fx.config import PRUNING_FUNCTIONS, RESCALE_SCOPES
+
 from .benchmark import Benchmark
 from .report import Report, environment
 from .terminal import progress
@@ -73,6 +75,15 @@ class Parser(argparse.ArgumentParser):
         formats = list(MEMORY_FORMATS)
         add = self.add_argument
         add("--memory-format", choices=formats, default=formats[0], help="(%(default)s)")
+
+    def add_pruning(self) -> None:
+        """Add --n, --m, --prune and --rescale, of SDGPConfig."""
+        add = self.add_argument
+        add("--n", type=int, default=2, help="values kept of every m channels (%(default)s)")
+        add("--m", type=int, default=4, help="channels in a group (%(default)s)")
+        function, scope = "rescaled_magnitude", "group"
+        add("--prune", choices=PRUNING_FUNCTIONS, default=function, help="(%(default)s)")
+        add("--rescale", choices=RESCALE_SCOPES, default=scope, help="(%(default)s)")
 
     def add_cudnn_benchmark(self) -> None:
         """Add --cudnn-benchmark."""

@@ -28,7 +28,6 @@ from torch._inductor.scheduler import (
 from torch.utils._ordered_set import OrderedSet
 
 from sdgp_fx import SDGPConfig, sdgp
-from sdgp_fx.config import PRUNING_FUNCTIONS, RESCALE_SCOPES
 from sdgp_fx.kernels.lowering import TileLoops
 from sdgp_fx.kernels.op import PRUNE_NM
 
@@ -277,13 +276,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_models(MODELS)
     parser.add_dtype(command.DTYPES, "bfloat16")
     parser.add_memory_format()
-    add = parser.add_argument
-    add("--n", type=int, default=2, help="(%(default)s)")
-    add("--m", type=int, default=4, help="(%(default)s)")
-    functions = f"one of {', '.join(PRUNING_FUNCTIONS)} (%(default)s)"
-    add("--prune", default="rescaled_magnitude", metavar="FUNCTION", help=functions)
-    scopes = f"of rescaled_magnitude: one of {', '.join(RESCALE_SCOPES)} (%(default)s)"
-    add("--rescale", default="group", metavar="SCOPE", help=scopes)
+    parser.add_pruning()
     parser.add_out()
     return command.run(BENCHMARK, parser, argv)
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch._inductor.utils import fresh_cache
 
 from sdgp_fx import SDGPConfig, sdgp
-from sdgp_fx.config import INNER_COMPILERS, PRUNING_FUNCTIONS, RESCALE_SCOPES
+from sdgp_fx.config import INNER_COMPILERS
 
 from . import command, timing
 from .benchmark import Benchmark, Task
@@ -246,10 +246,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--mode", choices=modes, default="default", help="of torch.compile (%(default)s)")
     inner = "aot_eager generates no code: to try this command (%(default)s)"
     add("--inner", choices=INNER_COMPILERS, default="inductor", help=inner)
-    add("--n", type=int, default=2, help="values kept of every m channels (%(default)s)")
-    add("--m", type=int, default=4, help="channels in a group (%(default)s)")
-    add("--prune", choices=PRUNING_FUNCTIONS, default="rescaled_magnitude", help="(%(default)s)")
-    add("--rescale", choices=RESCALE_SCOPES, default="group", help="(%(default)s)")
+    parser.add_pruning()
     compiles = "how often to compile each network (%(default)s)"
     add("--compiles", type=command.positive(int), default=1, help=compiles)
     parser.add_cudnn_benchmark()

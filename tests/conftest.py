@@ -1,6 +1,10 @@
 """Shared by all tests: how Triton runs here, and a clean compiler for every test."""
 
+import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -37,3 +41,17 @@ def nan_filled_empty():
 def device():
     """Where the Triton kernels run: a GPU, or Triton's interpreter on CPU tensors."""
     return torch.device("cuda" if HAS_GPU else "cpu")
+
+
+def compiled_apart(module):
+    """The JSON that a module of these tests prints, in a process where Triton compiles."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, "-m", f"tests.{module}"],
+        cwd=Path(__file__).parents[1],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)

@@ -1,12 +1,8 @@
 """The fused kernels of a ResNet-18 layer, compiled for sm_90 on any machine."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+
+from .conftest import compiled_apart
 
 pytest.importorskip("triton", reason="needs Triton")
 
@@ -14,16 +10,7 @@ pytest.importorskip("triton", reason="needs Triton")
 @pytest.fixture(scope="module")
 def kernels():
     """Compiled in a process of its own: in this one Triton may be interpreting."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.compile_fused"],
-        cwd=Path(__file__).parents[1],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout)
+    return compiled_apart("compile_fused")
 
 
 def test_there_is_a_kernel_for_each_function_that_writes_two_gradients(kernels):

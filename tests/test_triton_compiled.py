@@ -1,12 +1,8 @@
 """The kernels compiled for sm_80 and sm_90, on any machine: widths of accesses, no spills."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+
+from .conftest import compiled_apart
 
 pytest.importorskip("triton", reason="needs Triton")
 
@@ -14,16 +10,7 @@ pytest.importorskip("triton", reason="needs Triton")
 @pytest.fixture(scope="module")
 def kernels():
     """Compiled in a process of its own: in this one Triton may be interpreting."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.compile_kernels"],
-        cwd=Path(__file__).parents[1],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout)
+    return compiled_apart("compile_kernels")
 
 
 def select(kernels, *words):

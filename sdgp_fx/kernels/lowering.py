@@ -84,8 +84,7 @@ def _prune_nm(
         call_kernel = fallback_handler(PRUNE_NM, add_to_fallback_set=False)
         return call_kernel(grad_output, seed, n, m, prune, rescale, groups)
 
-    device, dtype = grad_output.get_device_or_error(), grad_output.get_dtype()
-    size = grad_output.get_size()
+    dtype, size = grad_output.get_dtype(), grad_output.get_size()
 
     def draw(index: Index) -> tuple[Variable, Variable]:
         """The seed, and the number of the group at index in channels-last order."""
@@ -97,11 +96,10 @@ def _prune_nm(
         load = seed.make_loader()
         return load([sympy.S.Zero] * len(seed.get_size())), ops.index_expr(number, torch.int64)
 
-    loops = TileLoops if device.type == "cuda" else RegisterLoops
+    on_gpu = grad_output.get_device_or_error().type == "cuda"
+    loops = TileLoops if on_gpu else RegisterLoops
     data = loops.over(grad_output, m, functools.partial(_prune_group, n, m, prune, dtype, draw))
-    strides = ir.FlexibleLayout.stride_ordered(size, order)
-    layout = ir.FixedLayout(device, dtype, size, strides)
-    buffer = ir.ComputedBuffer(name=None, layout=layout, data=data)
+    buffer = ir.ComputedBuffer(name=None, layout=_dense_layout(grad_output, order), data=data)
     buffer.name = V.graph.register_buffer(buffer)
     V.graph.register_operation(buffer)
     return ir.TensorBox.create(buffer)
@@ -135,11 +133,14 @@ def _reconsider_layout(grad_output: ir.TensorBox, node: fx.Node, order: Sequence
     if not isinstance(buffer, ir.ComputedBuffer) or V.graph.name_to_users[buffer.get_name()]:
         return
     if isinstance(buffer.layout, ir.FixedLayout) and not buffer.layout.is_stride_ordered(order):
-        size = buffer.get_size()
-        strides = ir.FlexibleLayout.stride_ordered(size, order)
-        device, dtype = buffer.get_device_or_error(), buffer.get_dtype()
-        buffer.layout = ir.FixedLayout(device, dtype, size, strides)
+        buffer.layout = _dense_layout(grad_output, order)
         _record_stride_order(node, order)
+
+
+def _dense_layout(like: ir.TensorBox, order: Sequence[int]) -> ir.FixedLayout:
+    size = like.get_size()
+    strides = ir.FlexibleLayout.stride_ordered(size, order)
+    return ir.FixedLayout(like.get_device_or_error(), like.get_dtype(), size, strides)
 
 
 def _record_stride_order(node: fx.Node, order: Sequence[int]) -> None:
