@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
+from sdgp_fx.__main__ import positive
 from sdgp_fx.config import PRUNING_FUNCTIONS, RESCALE_SCOPES
 
 from .benchmark import Benchmark
@@ -132,18 +133,3 @@ def check_out(path: Path | None) -> None:
     """Raise ValueError, ahead of the work, for a path that no file can be written to."""
     if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
         raise ValueError(f"--out: expected a file in a folder that exists, got {path}")
-
-
-def positive(number: Callable[[str], Any]) -> Callable[[str], Any]:
-    """A type for argparse: number, above 0."""
-
-    def parse(text: str) -> Any:
-        try:
-            value = number(text)
-        except ValueError:
-            value = 0
-        if not value > 0:
-            raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
-        return value
-
-    return parse

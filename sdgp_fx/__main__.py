@@ -81,15 +81,15 @@ def _add_demo(commands: Any) -> None:
     )
     add("--root", type=Path, metavar="DIR", help="folder that has cifar-10-batches-py in it")
     pixels = "height and width that images are resized to (%(default)s)"
-    add("--size", type=_positive(int), default=32, metavar="PIXELS", help=pixels)
+    add("--size", type=positive(int), default=32, metavar="PIXELS", help=pixels)
 
     training = demo.add_argument_group("training")
     add = training.add_argument
-    count = _positive(int)
+    count = positive(int)
     add("--epochs", type=count, default=15, help="passes over the data (%(default)s)")
     add("--steps", type=count, help="training steps, instead of --epochs")
     add("--batch-size", type=count, default=64, metavar="IMAGES", help="in a step (%(default)s)")
-    add("--lr", type=_positive(float), default=0.05, help="peak learning rate (%(default)s)")
+    add("--lr", type=positive(float), default=0.05, help="peak learning rate (%(default)s)")
     add("--seed", type=int, default=0, help="of weights and batches (%(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 and so on (%(default)s)")
     add(
@@ -112,7 +112,9 @@ def _run_demo(args: argparse.Namespace) -> None:
     run(args)
 
 
-def _positive(number: Callable[[str], Any]) -> Callable[[str], Any]:
+def positive(number: Callable[[str], Any]) -> Callable[[str], Any]:
+    """A type for argparse: number, above 0."""
+
     def parse(text: str) -> Any:
         try:
             value = number(text)
