@@ -329,13 +329,20 @@ class _Registers:
         return values
 
     def largest(self, scores: GroupValue, n: int, free_bits: bool) -> GroupValue:
-        """By rank: the number of scores that go before each."""
-        ranks = [_int32(i) for i in range(self.m)]
-        for i, j in itertools.combinations(range(self.m), 2):
-            behind = ops.to_dtype(ops.lt(scores[i], scores[j]), torch.int32)
-            ranks[i] = ops.add(ranks[i], behind)
-            ranks[j] = ops.sub(ranks[j], behind)
-        return [ops.lt(rank, _int32(n)) for rank in ranks]
+        """By rank: the number of scores that go before each.
+
+        Before i goes every j < i, unless i is larger, and every larger j > i.
+        """
+        pairs = itertools.combinations(range(self.m), 2)
+        larger = {(i, j): ops.to_dtype(ops.lt(scores[i], scores[j]), torch.int32) for i, j in pairs}
+        keep = []
+        for i in range(self.m):
+            after = [larger[i, j] for j in range(i + 1, self.m)] or [_int32(0)]
+            rank_less_i = functools.reduce(ops.add, after)
+            for j in range(i):
+                rank_less_i = ops.sub(rank_less_i, larger[j, i])
+            keep.append(ops.lt(rank_less_i, _int32(n - i)))
+        return keep
 
 
 # The functions of `reference`
@@ -355,27 +362,30 @@ def _prune_group(
     if n == m:
         result = values
     elif prune == "magnitude":
-        result = group.each(_where_kept, _magnitude_keep(group, values, n, dtype), values)
+        keep = _magnitude_keep(group, group.each(ops.abs, values), n, dtype)
+        result = _kept(group, keep, values)
     elif prune == "rescaled_magnitude":
         result = _rescaled_magnitude(group, values, n, dtype)
     elif prune == "random":
-        result = group.each(_where_kept, _random_keep(group, *draw(index), n), values)
+        result = _kept(group, _random_keep(group, *draw(index), n), values)
     else:
         uniform = ops.bitwise_right_shift(_philox(*draw(index), 0)[0], _int64(32 - UNIFORM_BITS))
         result = _mvue(group, values, ops.to_dtype(uniform, torch.int32), n, dtype)
+    if dtype == torch.float32:
+        return result
     return group.each(lambda value: ops.to_dtype(value, dtype), result)
 
 
 def _magnitude_keep(
-    group: _Tile | _Registers, values: GroupValue, n: int, dtype: torch.dtype
+    group: _Tile | _Registers, size: GroupValue, n: int, dtype: torch.dtype
 ) -> GroupValue:
-    """The bits of |g| compare as |g| does, and those of NaN are above infinity's."""
+    """Of size |g|. Its bits compare as it does, and those of NaN are above infinity's."""
 
-    def bits(value: Variable) -> Variable:
-        return ops.to_dtype_bitcast(ops.abs(value), torch.int32, torch.float32)
+    def bits(size: Variable) -> Variable:
+        return ops.to_dtype_bitcast(size, torch.int32, torch.float32)
 
     # A 16-bit value leaves at least 13 bits of the float32 zero.
-    return group.largest(group.each(bits, values), n, free_bits=dtype.itemsize == 2)
+    return group.largest(group.each(bits, size), n, free_bits=dtype.itemsize == 2)
 
 
 def _random_keep(group: _Tile | _Registers, seed: Variable, number: Variable, n: int) -> GroupValue:
@@ -392,14 +402,11 @@ def _random_keep(group: _Tile | _Registers, seed: Variable, number: Variable, n:
 def _rescaled_magnitude(
     group: _Tile | _Registers, values: GroupValue, n: int, dtype: torch.dtype
 ) -> GroupValue:
-    keep = _magnitude_keep(group, values, n, dtype)
     size = group.each(ops.abs, values)
-    kept = group.each(_where_kept, keep, size)
-    factor = ops.truediv(group.total(size), group.total(kept))
+    keep = _magnitude_keep(group, size, n, dtype)
+    factor = ops.truediv(group.total(size), group.total(_kept(group, keep, size)))
     factor = ops.where(_is_finite(factor), factor, _float32(1))
-    return group.each(
-        lambda keep, value, factor: _where_kept(keep, ops.mul(value, factor)), keep, values, factor
-    )
+    return _kept(group, keep, group.each(ops.mul, values, factor))
 
 
 def _mvue(
@@ -409,12 +416,10 @@ def _mvue(
     n: int,
     dtype: torch.dtype,
 ) -> GroupValue:
-    def joins(size: Variable, room: Variable, rest: Variable) -> Variable:
-        positive = ops.gt(size, _float32(0))
-        return ops.logical_and(positive, ops.ge(ops.mul(room, size), rest))
+    zero, one = _float32(0), _float32(1)
 
-    def where_not(certain: Variable, value: Variable) -> Variable:
-        return ops.where(certain, _float32(0), value)
+    def joins(size: Variable, room: Variable, rest: Variable) -> Variable:
+        return ops.logical_and(ops.gt(size, zero), ops.ge(ops.mul(room, size), rest))
 
     size = group.each(ops.abs, values)
     room, rest = _float32(n), group.total(size)
@@ -423,21 +428,21 @@ def _mvue(
     for _ in range(n):
         joining = group.each(joins, size, room, rest)
         certain = joining if certain is None else group.each(ops.logical_or, certain, joining)
-        uncertain = group.each(where_not, certain, size)
-        room = group.total(group.each(where_not, certain, _float32(1)))
+        uncertain = group.each(ops.where, certain, zero, size)
+        room = group.total(group.each(ops.where, certain, zero, one))
         room = ops.sub(room, _float32(group.m - n))
         rest = group.total(uncertain)
 
     # Prefix sums from the lowest channel up; their last is the sum that they have to reach.
     prefixes = list(itertools.accumulate(group.columns(uncertain), ops.add))
     rest = prefixes[-1]
-    some = ops.logical_and(finite, ops.gt(rest, _float32(0)))
-    density = ops.truediv(room, ops.where(some, rest, _float32(1)))
+    some = ops.logical_and(finite, ops.gt(rest, zero))
+    density = ops.truediv(room, ops.where(some, rest, one))
     sampled, before = [], ops.bitwise_right_shift(ops.sub(_int32(0), uniform), _int32(UNIFORM_BITS))
     for prefix in prefixes:
         share = ops.minimum(ops.mul(prefix, density), room)
         share = ops.where(ops.eq(prefix, rest), room, share)
-        share = ops.mul(ops.where(some, share, _float32(0)), _float32(2**UNIFORM_BITS))
+        share = ops.mul(ops.where(some, share, zero), _float32(2**UNIFORM_BITS))
         units = ops.sub(ops.to_dtype(share, torch.int32), uniform)
         passed = ops.bitwise_right_shift(units, _int32(UNIFORM_BITS))
         sampled.append(ops.gt(passed, before))
@@ -446,18 +451,19 @@ def _mvue(
     def unbiased(
         value: Variable, certain: Variable, sampled: Variable, by_magnitude: Variable
     ) -> Variable:
-        signed = ops.where(ops.lt(value, _float32(0)), ops.neg(step), step)
-        drawn = _where_kept(sampled, signed)
+        signed = ops.where(ops.lt(value, zero), ops.neg(step), step)
+        drawn = ops.where(sampled, signed, zero)
         result = ops.where(certain, value, drawn)
-        return ops.where(finite, result, _where_kept(by_magnitude, value))
+        return ops.where(finite, result, ops.where(by_magnitude, value, zero))
 
     step = ops.truediv(rest, room)
-    by_magnitude = _magnitude_keep(group, values, n, dtype)
+    by_magnitude = _magnitude_keep(group, size, n, dtype)
     return group.each(unbiased, values, certain, group.spread(sampled), by_magnitude)
 
 
-def _where_kept(keep: Variable, value: Variable) -> Variable:
-    return ops.where(keep, value, _float32(0))
+def _kept(group: _Tile | _Registers, keep: GroupValue, values: GroupValue) -> GroupValue:
+    """values, and 0 where keep is false."""
+    return group.each(ops.where, keep, values, _float32(0))
 
 
 def _is_finite(value: Variable) -> Variable:
