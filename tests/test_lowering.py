@@ -50,12 +50,25 @@ def definition(x, n, m, prune):
     return reference.prune_nm(x, torch.tensor([77]), n, m, prune, "group")
 
 
+def prune_twice(x):
+    """Two prunes that could be fused with each other."""
+    pruned = prune_op(x, 2, 4, "magnitude")
+    return pruned, prune_op(pruned, 1, 4, "magnitude")
+
+
 def assert_same(actual, expected, relative=0.0):
     torch.testing.assert_close(actual, expected, rtol=relative, atol=0, equal_nan=True)
     assert actual.stride() == expected.stride()
 
 
 # C++
+
+
+@pytest.fixture(autouse=True)
+def no_code_of_another_lowering():
+    """A graph with the operator is cached without regard to how that is lowered."""
+    with inductor_config.patch(fx_graph_cache=False):
+        yield
 
 
 @pytest.mark.parametrize(
@@ -78,6 +91,25 @@ def test_cpp_is_the_definition_to_the_last_bit(dtype, memory_format):
     assert OWN_KERNEL not in code
     for result, ((n, m), prune) in zip(results, cases, strict=True):
         assert_same(result, definition(x, n, m, prune))
+
+
+def test_cpp_is_vectorized():
+    """With few operations too: those that access memory with a stride are many of them."""
+
+    for dtype, m in itertools.product((torch.float32, torch.bfloat16), (2, 4, 8)):
+        compiled = torch.compile(lambda x, m=m: prune_op(x, 1, m, "magnitude"))
+        _, (code,) = run_and_get_code(compiled, gradient(dtype))
+        assert "at::vec::Vectorized<" in code
+
+
+def test_cpp_readers_of_the_pruned_gradient():
+    def read(x):
+        pruned, pruned_again = prune_twice(x)
+        return pruned, pruned_again, pruned.unflatten(1, (-1, 4)).amax(2)
+
+    x = gradient(torch.float32).nan_to_num()
+    for result, expected in zip(torch.compile(read)(x), read(x), strict=True):
+        assert_same(result, expected)
 
 
 def test_cpp_of_other_patterns():
@@ -163,6 +195,16 @@ def test_triton_in_place_of_any_strides(tmp_path):
     output = torch.full_like(x, float("nan"))
     kernel.run([x], [output])
     assert_same(output, definition(x, 2, 4, "magnitude"))
+
+
+@interpreted
+def test_triton_reader_of_the_pruned_gradient(tmp_path):
+    x = gradient(torch.float32)
+    (kernel,) = kernels(gpu_code(prune_twice, x), tmp_path)
+    outputs = [torch.full_like(x, float("nan")) for _ in range(2)]
+    kernel.run([x], outputs)
+    for output, expected in zip(outputs, prune_twice(x), strict=True):
+        assert_same(output, expected)
 
 
 # When the operator's own kernel is called
