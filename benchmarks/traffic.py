@@ -108,7 +108,14 @@ def _bytes(graph: GraphLowering, dependencies: Iterable[Dep]) -> int:
     """Of all tensors in memory among dependencies; no more than a tensor has, however often."""
     accessed: Counter[str] = Counter()
     for dependency in set(dependencies):
-        if dependency.name not in graph.removed_buffers:
+        if dependency.name in graph.removed_buffers:
+            continue
+        buffer = graph.name_to_buffer.get(dependency.name)
+        if isinstance(buffer, FallbackKernel) and not buffer.has_tensor_output():
+            # On torch 2.11 what a call returns is a buffer of its own.
+            names = [result.get_name() for result in buffer.outputs]
+            accessed.update({name: _size(graph, name) for name in names})
+        else:
             accessed[dependency.name] += dependency.numbytes_hint()
     return sum(min(size, _size(graph, name)) for name, size in accessed.items())
 
