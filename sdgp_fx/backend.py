@@ -149,6 +149,6 @@ def _report(graph: fx.Graph, decisions: list[Decision]) -> None:
         reasons = Counter(decision.reason for decision in decisions)
         why = ", ".join(f"{count} x {reason}" for reason, count in reasons.items())
         warnings.warn(
-            f"sdgp pruned nothing in a training graph: {why or 'it has no convolution'}",
+            f"sdgp pruned nothing in a training graph: {why or 'it has no layer of the kind'}",
             stacklevel=2,
         )

@@ -10,7 +10,7 @@ from typing import Any
 
 PRUNING_FUNCTIONS = ("random", "magnitude", "rescaled_magnitude", "mvue")
 RESCALE_SCOPES = ("group", "feature_map", "channel")
-TARGETS = ("conv",)
+TARGETS = ("conv", "linear", "conv,linear")
 INNER_COMPILERS = ("inductor", "aot_eager")
 MAX_M = 32
 
@@ -47,7 +47,7 @@ class SDGPConfig:
     prune: "random", "magnitude", "rescaled_magnitude" or "mvue".
     rescale: "group", "feature_map" or "channel": over what "rescaled_magnitude" keeps the
         L1 norm. The other functions don't read it.
-    targets: "conv", the kind of layer.
+    targets: "conv", "linear" or "conv,linear", the kinds of layers.
     include, exclude: glob patterns over module names as `named_modules()` gives them, one
         string with commas or a sequence of strings. A layer is pruned if a pattern of
         include matches its name and none of exclude does.

@@ -9,7 +9,8 @@ from torch._dynamo.backends.debugging import boxed_nop
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from sdgp_fx.passes.prune_input_grads import CONVOLUTION_BACKWARD, PRUNE_NM
+from sdgp_fx.kernels.op import PRUNE_NM
+from sdgp_fx.passes.convolutions import CONVOLUTION_BACKWARD
 
 
 def joint_graph(model, *inputs, decompositions=None):

@@ -16,7 +16,8 @@ from torch._inductor.utils import fresh_cache
 
 import sdgp_fx
 from sdgp_fx import SDGPConfig, backend
-from sdgp_fx.passes.prune_input_grads import CONVOLUTION_BACKWARD, PRUNE_NM
+from sdgp_fx.kernels.op import PRUNE_NM
+from sdgp_fx.passes.convolutions import CONVOLUTION_BACKWARD
 
 EAGER = {"sdgp.inner": "aot_eager"}
 

@@ -10,13 +10,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sdgp_fx import SDGPConfig
 from sdgp_fx.kernels import reference
+from sdgp_fx.kernels.op import CHANNEL_FACTOR, PRUNE_NM
 from sdgp_fx.passes import prune_input_grads as the_pass
-from sdgp_fx.passes.prune_input_grads import (
-    CHANNEL_FACTOR,
-    CONVOLUTION_BACKWARD,
-    PRUNE_NM,
-    prune_input_grads,
-)
+from sdgp_fx.passes.convolutions import CONVOLUTION_BACKWARD
+from sdgp_fx.passes.prune_input_grads import prune_input_grads
 
 from .graphs import backward_of, copy_graph, gradients, is_pruned, joint_graph, random_inputs, run
 

@@ -1,0 +1,67 @@
+"""A layer as it stands in a joint graph, and what is read from such graphs and added to them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from torch import fx
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """The product that computes a layer's input gradient from its grad_output and its weight.
+
+    kind: "conv" or "linear".
+    node: of the backward; it stands for the layer, and bears its name.
+    grad_output: shape (N, C_out, *spatial).
+    weight: its output channels lie in dimension 0; if transposed, in dimension 1.
+    has_input_grad: whether the product is computed and used.
+    is_pruned: whether its grad_output is pruned already.
+    feed: gives the product another grad_output and weight, and leaves everything else as it is.
+    """
+
+    kind: str
+    node: fx.Node
+    grad_output: fx.Node
+    weight: fx.Node
+    groups: int
+    transposed: bool
+    has_input_grad: bool
+    is_pruned: bool
+    feed: Callable[[fx.Node, fx.Node], None]
+
+    @property
+    def module(self) -> str:
+        """The layer's name from the innermost entry of the forward's module stack.
+
+        Dynamo (checked on torch 2.11, 2.14 and 2.15) writes the stack's paths as Python
+        expressions whose root is the compiled module or the variable that holds it:
+        "L['self'].layer1.0.conv1".
+        """
+        stack = self.node.meta.get("fwd_nn_module_stack")
+        if not stack:
+            return ""
+        path, _ = list(stack.values())[-1]
+        return path.partition("]")[2].removeprefix(".") if "]" in path else path
+
+
+def add_call(
+    target: Any, args: tuple[Any, ...], value: Any, source: fx.Node, **kwargs: Any
+) -> fx.Node:
+    """A call before source, with its meta (module, stack trace, side of the partition).
+
+    value: what the call returns, as a fake tensor.
+    """
+    with source.graph.inserting_before(source):
+        node = source.graph.call_function(target, args, kwargs)
+    node.meta = {**source.meta, "val": value}
+    node.meta.pop("tensor_meta", None)
+    return node
+
+
+def compute(target: Any, args: tuple[Any, ...], source: fx.Node, **kwargs: Any) -> fx.Node:
+    """add_call, with the value that target computes of its arguments' values."""
+    value = target(*fx.node.map_arg(args, lambda operand: operand.meta["val"]), **kwargs)
+    return add_call(target, args, value, source, **kwargs)

@@ -1,0 +1,168 @@
+"""The linear layers of a joint graph: `torch.nn.Linear` and `torch.nn.functional.linear`.
+
+AOTAutograd leaves of a layer, between reshapes:
+
+    forward    y  = addmm(b, x, t(w))            or mm(x, t(w))
+    backward   gx = mm(gO, t(t(w)))              or t(mm(t(w), t(gO))), if x is column-major
+               gw = t(mm(t(gO), x))
+
+    after      gx = mm(p, t(t(w)))               or t(mm(t(w), t(p)))
+
+The products of the backward have the sequence number of the forward's, and gx is the one with
+the weight. Attention multiplies matrices too: which product is a linear layer says the function
+that Dynamo traced it from.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections import defaultdict
+from typing import Any, cast
+
+import torch
+from torch import fx, nn
+
+from ..kernels.op import PRUNE_NM
+from .layers import Layer, compute
+
+aten = torch.ops.aten
+MM = aten.mm.default
+
+_VIEWS = (aten.view.default, aten._unsafe_view.default)
+
+# Dynamo (checked on torch 2.11, 2.14 and 2.15) notes in a node's meta the function that it comes
+# from, or the module of torch.nn that calls it.
+_FUNCTIONS = (nn.functional.linear, torch._C._nn.linear)
+_MODULES = (nn.Linear, nn.MultiheadAttention)
+
+
+def find_linears(graph: fx.Graph) -> list[Layer]:
+    """All linear layers with a gradient in a joint graph of ATen operators with `meta["val"]`.
+
+    The grad_output of a layer has shape (rows, out_features).
+    """
+    products = defaultdict(list)
+    for node in graph.find_nodes(op="call_function", target=MM):
+        products[node.meta.get("seq_nr")].append(node)
+    layers = []
+    for target in (MM, aten.addmm.default):
+        for forward in graph.find_nodes(op="call_function", target=target):
+            if not _is_linear(forward):
+                continue
+            related = [node for node in products[forward.meta.get("seq_nr")] if node is not forward]
+            weight = cast(fx.Node, forward.args[-1])
+            input_grads = [layer for node in related if (layer := _input_grad(node, weight))]
+            layers += input_grads or [_without_input_grad(node, forward) for node in related]
+    return layers
+
+
+def positions_last(layer: Layer) -> fx.Node | None:
+    """The grad_output of a layer as a view of shape (N, out_features, positions).
+
+    N is the first dimension of what the layer returns in the model, and positions are the
+    product of those between. None if that isn't known, or the number of positions isn't.
+    """
+    rows = layer.grad_output
+    source = rows.args[0] if rows.target in _VIEWS else rows
+    _, *positions, features = cast(fx.Node, source).meta["val"].shape
+    known = all(isinstance(size, int) for size in (*positions, features))
+    if not known or features != rows.meta["val"].shape[1]:
+        return None
+    shape = [-1, math.prod(positions), features]
+    apart = compute(aten.view.default, (rows, shape), layer.node)
+    return compute(aten.permute.default, (apart, [0, 2, 1]), layer.node)
+
+
+def rows_of(gradient: fx.Node, layer: Layer) -> fx.Node:
+    """A gradient of shape (N, out_features, positions) as (rows, out_features)."""
+    rows = compute(aten.permute.default, (gradient, [0, 2, 1]), layer.node)
+    if not rows.meta["val"].is_contiguous():
+        rows = compute(
+            aten.clone.default, (rows,), layer.node, memory_format=torch.contiguous_format
+        )
+    return compute(aten.view.default, (rows, [-1, rows.meta["val"].shape[2]]), layer.node)
+
+
+def _is_linear(forward: fx.Node) -> bool:
+    stack = forward.meta.get("source_fn_stack")
+    if not stack:
+        return False
+    _, source = stack[-1]
+    is_module = isinstance(source, type) and issubclass(source, _MODULES)
+    return is_module or source in _FUNCTIONS
+
+
+def _input_grad(node: fx.Node, transposed_weight: fx.Node) -> Layer | None:
+    """The layer whose input gradient node computes; None if it computes something else.
+
+    transposed_weight: of the forward's product, shape (in_features, out_features).
+    """
+    left, right = cast(tuple[fx.Node, fx.Node], node.args)
+    (base, odd), (base_left, odd_left), (base_right, odd_right) = map(
+        _untransposed, (transposed_weight, left, right)
+    )
+    # A weight that took factors is another node than the forward's.
+    if _is_pruned(left) or (base_right is base and odd_right != odd):
+        grad_output, weight, feed = left, right, _feed
+    elif _transposes(right) and (_is_pruned(right) or (base_left is base and odd_left == odd)):
+        grad_output, weight, feed = cast(fx.Node, right.args[0]), left, _feed_transposed
+    else:
+        return None
+    return Layer(
+        kind="linear",
+        node=node,
+        grad_output=grad_output,
+        weight=weight,
+        groups=1,
+        transposed=weight is left,
+        has_input_grad=bool(node.users),
+        is_pruned=_is_pruned(grad_output),
+        feed=functools.partial(feed, node),
+    )
+
+
+def _without_input_grad(node: fx.Node, forward: fx.Node) -> Layer:
+    """node: computes the weight gradient."""
+    return Layer(
+        kind="linear",
+        node=node,
+        grad_output=forward,  # The layer's output is of the same form.
+        weight=cast(fx.Node, forward.args[-1]),
+        groups=1,
+        transposed=True,
+        has_input_grad=False,
+        is_pruned=False,
+        feed=functools.partial(_feed, node),
+    )
+
+
+def _feed(node: fx.Node, grad_output: fx.Node, weight: fx.Node) -> None:
+    node.args = (grad_output, weight)
+
+
+def _feed_transposed(node: fx.Node, grad_output: fx.Node, weight: fx.Node) -> None:
+    node.args = (weight, compute(aten.permute.default, (grad_output, [1, 0]), node))
+
+
+def _untransposed(matrix: fx.Node) -> tuple[fx.Node, bool]:
+    """What matrix is a view of, and whether it is the transpose."""
+    odd = False
+    while _transposes(matrix):
+        matrix, odd = cast(fx.Node, matrix.args[0]), not odd
+    return matrix, odd
+
+
+def _transposes(node: fx.Node) -> bool:
+    """Whether node is the transpose of a matrix."""
+    if node.target is aten.permute.default:
+        return list(cast(Any, node.args[1])) == [1, 0]
+    if node.target is aten.transpose.int:
+        return node.meta["val"].dim() == 2 and bool(node.args[1] != node.args[2])
+    return node.target is aten.t.default and node.meta["val"].dim() == 2
+
+
+def _is_pruned(grad_output: fx.Node) -> bool:
+    while grad_output.target in (*_VIEWS, aten.permute.default, aten.clone.default):
+        grad_output = cast(fx.Node, grad_output.args[0])
+    return grad_output.target is PRUNE_NM
