@@ -7,6 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # There is a process for each core. Must be set before torch is imported.
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 import torch
 
 HAS_GPU = torch.cuda.is_available()
