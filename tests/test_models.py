@@ -4,12 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 import sdgp_fx
 from sdgp_fx import backend
-from sdgp_fx.kernels import reference
 from sdgp_fx.passes import prune_input_grads as the_pass
+
+from .definition import eager_sdgp
 
 timm = pytest.importorskip("timm", reason="needs timm")
 
@@ -33,46 +33,6 @@ def step(model, forward):
 
 def convolutions(model):
     return {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
-
-
-class PrunedConv2d(torch.autograd.Function):
-    """SDGP written as its definition: conv2d_input of the pruned gradient, all else dense."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, stride, padding, dilation, groups):
-        ctx.save_for_backward(x, weight)
-        ctx.rest = (stride, padding, dilation, groups)
-        ctx.has_bias = bias is not None
-        return F.conv2d(x, weight, bias, *ctx.rest)
-
-    @staticmethod
-    def backward(ctx, dense):
-        x, weight = ctx.saved_tensors
-        pruned = dense
-        channels = dense.shape[1] // ctx.rest[-1]
-        if channels > 1 and channels % 4 == 0:
-            pruned = reference.prune_nm(dense, None, 2, 4, "rescaled_magnitude", "group")
-        gx = torch.nn.grad.conv2d_input(x.shape, weight, pruned, *ctx.rest)
-        gw = torch.nn.grad.conv2d_weight(x, weight.shape, dense, *ctx.rest)
-        return gx, gw, dense.sum((0, 2, 3)) if ctx.has_bias else None, None, None, None, None
-
-
-class EagerSDGP(TorchFunctionMode):
-    """Every conv2d of an eager forward pass becomes a PrunedConv2d."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function not in (F.conv2d, torch.conv2d):
-            return function(*args, **(kwargs or {}))
-        with torch._C.DisableTorchFunction():
-            return PrunedConv2d.apply(*args)
-
-
-def eager_sdgp(model):
-    def forward(x):
-        with EagerSDGP():
-            return model(x)
-
-    return forward
 
 
 @pytest.fixture

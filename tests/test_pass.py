@@ -13,6 +13,7 @@ from sdgp_fx.kernels import reference
 from sdgp_fx.kernels.op import CHANNEL_FACTOR, PRUNE_NM
 from sdgp_fx.passes import prune_input_grads as the_pass
 from sdgp_fx.passes.convolutions import CONVOLUTION_BACKWARD
+from sdgp_fx.passes.layers import module_name
 from sdgp_fx.passes.prune_input_grads import prune_input_grads
 
 from .graphs import backward_of, copy_graph, gradients, is_pruned, joint_graph, random_inputs, run
@@ -476,3 +477,22 @@ def test_module_called_twice_is_two_layers():
     assert [d.pruned for d in decisions] == [True, True, False]
     assert len(gm.graph.find_nodes(op="call_function", target=PRUNE_NM)) == 2
     assert prune_input_grads(gm.graph, SDGPConfig()) == decisions
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "layer1.0.conv1",
+        "L['self'].layer1.0.conv1",
+        "getattr(L['self'].layer1, '0').conv1",
+        "getattr(getattr(L['fn'], 'layer1'), '0').conv1",
+        "L['model']._modules['layer1']._modules['0'].conv1",
+        "L['model'].layer1[0].conv1",
+    ],
+)
+def test_module_name_from_a_path(path):
+    assert module_name(path) == "layer1.0.conv1"
+
+
+def test_the_compiled_module_itself_has_no_name():
+    assert module_name("L['self']") == ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -34,17 +35,22 @@ class Layer:
 
     @property
     def module(self) -> str:
-        """The layer's name from the innermost entry of the forward's module stack.
-
-        Dynamo (checked on torch 2.11, 2.14 and 2.15) writes the stack's paths as Python
-        expressions whose root is the compiled module or the variable that holds it:
-        "L['self'].layer1.0.conv1".
-        """
+        """The layer's name from the innermost entry of the forward's module stack."""
         stack = self.node.meta.get("fwd_nn_module_stack")
-        if not stack:
-            return ""
-        path, _ = list(stack.values())[-1]
-        return path.partition("]")[2].removeprefix(".") if "]" in path else path
+        return module_name(list(stack.values())[-1][0]) if stack else ""
+
+
+def module_name(path: str) -> str:
+    """A name of `named_modules()` from a path of Dynamo's.
+
+    The paths (checked on torch 2.11, 2.14 and 2.15) are Python expressions whose root is the
+    compiled module or the variable that holds it: "L['self'].layer1.0.conv1",
+    "getattr(L['self'].layer1, '0').conv1" or "L['model']._modules['layer1'].conv1".
+    """
+    while (attribute := re.sub(r"getattr\(([^()]*), '([^']*)'\)", r"\1.\2", path)) != path:
+        path = attribute
+    path = re.sub(r"^[LG]\['[^']*'\]", "", path).replace("._modules", "")
+    return re.sub(r"\['?([^'\]]*)'?\]", r".\1", path).removeprefix(".")
 
 
 def add_call(

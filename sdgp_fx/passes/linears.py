@@ -9,8 +9,9 @@ AOTAutograd leaves of a layer, between reshapes:
     after      gx = mm(p, t(t(w)))               or t(mm(t(w), t(p)))
 
 The products of the backward have the sequence number of the forward's, and gx is the one with
-the weight. Attention multiplies matrices too: which product is a linear layer says the function
-that Dynamo traced it from.
+the weight. Where a transform of torch.func makes the gradient part of the forward they have not,
+but are known as its own. Attention multiplies matrices too: which product is a linear layer says
+the function that Dynamo traced it from.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any, cast
 
 import torch
 from torch import fx, nn
+from torch._functorch import eager_transforms
 
 from ..kernels.op import PRUNE_NM
 from .layers import Layer, compute
@@ -32,7 +34,8 @@ MM = aten.mm.default
 _VIEWS = (aten.view.default, aten._unsafe_view.default)
 
 # Dynamo (checked on torch 2.11, 2.14 and 2.15) notes in a node's meta the function that it comes
-# from, or the module of torch.nn that calls it.
+# from, or the module of torch.nn that calls it; for the gradients of torch.func.grad, the
+# transforms' private one.
 _FUNCTIONS = (nn.functional.linear, torch._C._nn.linear)
 _MODULES = (nn.Linear, nn.MultiheadAttention)
 
@@ -43,18 +46,22 @@ def find_linears(graph: fx.Graph) -> list[Layer]:
     The grad_output of a layer has shape (rows, out_features).
     """
     products = defaultdict(list)
+    of_transforms = []
     for node in graph.find_nodes(op="call_function", target=MM):
         products[node.meta.get("seq_nr")].append(node)
-    layers = []
+        if _source(node) is eager_transforms._autograd_grad:
+            of_transforms.append(node)
+    layers: dict[fx.Node, Layer] = {}
     for target in (MM, aten.addmm.default):
         for forward in graph.find_nodes(op="call_function", target=target):
             if not _is_linear(forward):
                 continue
             related = [node for node in products[forward.meta.get("seq_nr")] if node is not forward]
             weight = cast(fx.Node, forward.args[-1])
-            input_grads = [layer for node in related if (layer := _input_grad(node, weight))]
-            layers += input_grads or [_without_input_grad(node, forward) for node in related]
-    return layers
+            found = {node: _input_grad(node, weight) for node in (*related, *of_transforms)}
+            input_grads = {node: layer for node, layer in found.items() if layer is not None}
+            layers |= input_grads or {node: _without_input_grad(node, forward) for node in related}
+    return list(layers.values())
 
 
 def positions_last(layer: Layer) -> fx.Node | None:
@@ -85,12 +92,15 @@ def rows_of(gradient: fx.Node, layer: Layer) -> fx.Node:
 
 
 def _is_linear(forward: fx.Node) -> bool:
-    stack = forward.meta.get("source_fn_stack")
-    if not stack:
-        return False
-    _, source = stack[-1]
+    source = _source(forward)
     is_module = isinstance(source, type) and issubclass(source, _MODULES)
     return is_module or source in _FUNCTIONS
+
+
+def _source(forward: fx.Node) -> Any:
+    """The function that Dynamo traced a node of the forward from."""
+    stack = forward.meta.get("source_fn_stack")
+    return stack[-1][1] if stack else None
 
 
 def _input_grad(node: fx.Node, transposed_weight: fx.Node) -> Layer | None:
