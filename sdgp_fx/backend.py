@@ -148,7 +148,5 @@ def _report(graph: fx.Graph, decisions: list[Decision]) -> None:
     if training and not any(decision.pruned for decision in decisions):
         reasons = Counter(decision.reason for decision in decisions)
         why = ", ".join(f"{count} x {reason}" for reason, count in reasons.items())
-        warnings.warn(
-            f"sdgp pruned nothing in a training graph: {why or 'it has no layer of the kind'}",
-            stacklevel=2,
-        )
+        why = why or "it has no layer of the kind that is pruned"
+        warnings.warn(f"sdgp pruned nothing in a training graph: {why}", stacklevel=2)

@@ -237,7 +237,7 @@ def test_gradients_taken_inside_the_compiled_function_are_pruned(model, x, rewri
 @pytest.mark.parametrize(
     ("make", "shape", "why"),
     [
-        (lambda: nn.Linear(4, 4), (2, 4), "it has no convolution"),
+        (lambda: nn.Linear(4, 4), (2, 4), "it has no layer of the kind that is pruned"),
         (lambda: nn.Conv2d(3, 8, 3), (2, 3, 5, 5), "1 x no input gradient"),
     ],
 )

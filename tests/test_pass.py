@@ -488,6 +488,7 @@ def test_module_called_twice_is_two_layers():
         "getattr(getattr(L['fn'], 'layer1'), '0').conv1",
         "L['model']._modules['layer1']._modules['0'].conv1",
         "L['model'].layer1[0].conv1",
+        "L['self'].layer1._orig_mod.0._orig_mod.conv1",
     ],
 )
 def test_module_name_from_a_path(path):

@@ -28,6 +28,7 @@ import torch
 from torch import fx
 from torch._inductor import config, ir
 from torch._inductor.lowering import fallback_handler, register_lowering
+from torch._inductor.ops_handler import DefaultHandler
 from torch._inductor.runtime.hints import ReductionHint
 from torch._inductor.virtualized import V, ops
 from torch.utils._sympy.functions import FloorDiv, ModularIndexing
@@ -98,8 +99,12 @@ def _prune_nm(
         return load([sympy.S.Zero] * len(seed.get_size())), ops.index_expr(number, torch.int64)
 
     on_gpu = grad_output.get_device_or_error().type == "cuda"
-    loops = TileLoops if on_gpu else RegisterLoops
-    data = loops.over(grad_output, m, functools.partial(_prune_group, n, m, prune, dtype, draw))
+    prune_group = functools.partial(_prune_group, n, m, prune, dtype, draw)
+    data: ir.Loops
+    if on_gpu:
+        data = TileLoops.over(grad_output, m, prune_group)
+    else:
+        data = RegisterLoops.over(grad_output, m, prune_group, _operations(n, m, prune, dtype))
     buffer = ir.ComputedBuffer(name=None, layout=_dense_layout(grad_output, order), data=data)
     buffer.name = V.graph.register_buffer(buffer)
     if not on_gpu:
@@ -207,30 +212,31 @@ class RegisterLoops(ir.Pointwise):
 
     @classmethod
     def over(
-        cls, grad_output: ir.TensorBox, m: int, prune_group: Callable[..., list[Variable]]
+        cls,
+        grad_output: ir.TensorBox,
+        m: int,
+        prune_group: Callable[..., list[Variable]],
+        operations: int,
     ) -> RegisterLoops:
+        """operations: how many prune_group has."""
         load = grad_output.make_loader()
-
-        def loops(idle: int) -> RegisterLoops:
-            def values(group: Index) -> list[Variable]:
-                gradient = [load(index) for index in _channels(group, m)]
-                for _ in range(idle):
-                    gradient[0] = ops.identity(gradient[0])
-                return prune_group(_Registers(m), gradient, group)
-
-            return cls(
-                device=grad_output.get_device_or_error(),
-                dtype=grad_output.get_dtype(),
-                inner_fn=values,
-                ranges=_groups(grad_output, m),
-            )
-
         # Loops are not vectorized if 12% of their operations access memory with a stride, which
         # 2m do in channels_last (checked on torch 2.11, 2.14 and 2.15). Without vectors a prune
-        # takes several times as long; an identity generates no code. What is counted here
-        # includes constants, of which there are 16 at most, and what counts there doesn't.
-        idle = math.ceil(2 * m / 0.12) + 16 - loops(0).inner_fn_opcount().num_ops
-        return loops(max(idle, 0))
+        # takes several times as long; an identity counts, and generates no code.
+        wanted = math.ceil(2 * m / 0.12) + 1
+
+        def values(group: Index) -> list[Variable]:
+            gradient = [load(index) for index in _channels(group, m)]
+            for _ in range(wanted - 2 * m - operations):
+                gradient[0] = ops.identity(gradient[0])
+            return prune_group(_Registers(m), gradient, group)
+
+        return cls(
+            device=grad_output.get_device_or_error(),
+            dtype=grad_output.get_dtype(),
+            inner_fn=values,
+            ranges=_groups(grad_output, m),
+        )
 
     def store_output(self, output_name: str | None, indexer: Any, vars: Index) -> Any:
         values = self.inner_fn(vars)
@@ -360,6 +366,26 @@ class _Registers:
                 rank_less_i = ops.sub(rank_less_i, larger[j, i])
             keep.append(ops.lt(rank_less_i, _int32(n - i)))
         return keep
+
+
+class _Counter(DefaultHandler):
+    """Counts operations, without constants."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def _default(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.count += name != "constant"
+        return name
+
+
+@functools.cache
+def _operations(n: int, m: int, prune: str, dtype: torch.dtype) -> int:
+    """How many operations a group takes in registers, once it has its values and its draw."""
+    counter = _Counter()
+    with V.set_ops_handler(counter):
+        _prune_group(n, m, prune, dtype, lambda index: ("", ""), _Registers(m), [""] * m, [])
+    return counter.count
 
 
 # The functions of `reference`

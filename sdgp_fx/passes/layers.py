@@ -45,11 +45,13 @@ def module_name(path: str) -> str:
 
     The paths (checked on torch 2.11, 2.14 and 2.15) are Python expressions whose root is the
     compiled module or the variable that holds it: "L['self'].layer1.0.conv1",
-    "getattr(L['self'].layer1, '0').conv1" or "L['model']._modules['layer1'].conv1".
+    "getattr(L['self'].layer1, '0').conv1" or "L['model']._modules['layer1'].conv1". A module
+    within that was itself compiled has a wrapper, "_orig_mod".
     """
     while (attribute := re.sub(r"getattr\(([^()]*), '([^']*)'\)", r"\1.\2", path)) != path:
         path = attribute
-    path = re.sub(r"^[LG]\['[^']*'\]", "", path).replace("._modules", "")
+    path = re.sub(r"^[LG]\['[^']*'\]", "", path)
+    path = path.replace("._modules", "").replace("._orig_mod", "")
     return re.sub(r"\['?([^'\]]*)'?\]", r".\1", path).removeprefix(".")
 
 
