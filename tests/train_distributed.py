@@ -21,7 +21,7 @@ OPTIONS = {"sdgp.inner": "aot_eager", "sdgp.targets": "conv,linear"}
 
 
 class Body(nn.Module):
-    """No nn.Sequential: with the hooks of FSDP, Dynamo runs torch's own modules in eager mode."""
+    """No nn.Sequential: Dynamo runs torch's own modules eagerly where they have FSDP's hooks."""
 
     def __init__(self):
         super().__init__()
@@ -32,6 +32,16 @@ class Body(nn.Module):
         return F.gelu(self.second(F.gelu(self.first(x))))
 
 
+class Classifier(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.hidden = nn.Linear(8, 16)
+        self.head = nn.Linear(16, 8)
+
+    def forward(self, x):
+        return self.head(self.hidden(x).relu())
+
+
 class Network(nn.Module):
     """Without BatchNorm, whose statistics are those of a process's part of the batch."""
 
@@ -39,16 +49,13 @@ class Network(nn.Module):
         super().__init__()
         self.stem = nn.Conv2d(3, 8, 3, stride=2)
         self.body = Body()
-        self.hidden = nn.Linear(8, 16)
-        self.head = nn.Linear(16, 8)
+        self.classifier = Classifier()
 
     def forward(self, x):
-        x = self.body(self.stem(x)).mean((2, 3))
-        x = self.hidden(x).relu()
-        return self.head(x)
+        return self.classifier(self.body(self.stem(x)).mean((2, 3)))
 
 
-PRUNED = ["body.first", "body.second", "head", "hidden"]
+PRUNED = ["body.first", "body.second", "classifier.head", "classifier.hidden"]
 
 
 def make():
@@ -74,7 +81,7 @@ def sharded(model):
 
 
 def compiled_in_regions(model):
-    for part in (model.body, model.hidden, model.head):
+    for part in (model.body, model.classifier):
         part.compile(backend="sdgp", options=OPTIONS)
     return model
 
