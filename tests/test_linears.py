@@ -1,5 +1,7 @@
 """Linear layers in the joint graph: found by structure, and fed with the pruned gradient."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -51,7 +53,17 @@ LAYERS = {
 
 def layer_graph(name, dtype=torch.float32):
     layer, shape = LAYERS[name]
-    return joint_graph(layer.to(dtype), torch.randn(shape, dtype=dtype, requires_grad=True))
+    layer = copy.deepcopy(layer).to(dtype)
+    return joint_graph(layer, torch.randn(shape, dtype=dtype, requires_grad=True))
+
+
+def pruned_and_run(name, rescale, dtype=torch.float32):
+    """The rewritten graph of a layer, what it was run on, and the values of its nodes."""
+    gm = layer_graph(name, dtype)
+    inputs = random_inputs(gm)
+    prune_input_grads(gm.graph, SDGPConfig(targets="linear", rescale=rescale))
+    gm.recompile()
+    return gm, inputs, run(gm, inputs)
 
 
 def products(gm):
@@ -121,11 +133,7 @@ def test_idempotent(name, rescale):
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("rescale", ["group", "feature_map", "channel"])
 def test_recorded_values_match_the_real_ones(name, rescale):
-    gm = layer_graph(name, torch.bfloat16)
-    inputs = random_inputs(gm)
-    prune_input_grads(gm.graph, SDGPConfig(targets="linear", rescale=rescale))
-    gm.recompile()
-    values = run(gm, inputs)
+    gm, _, values = pruned_and_run(name, rescale, torch.bfloat16)
     for node in products(gm):
         for new in (node, *node.all_input_nodes):
             recorded, real = new.meta["val"], values[new.name]
@@ -134,11 +142,7 @@ def test_recorded_values_match_the_real_ones(name, rescale):
 
 
 def test_feature_map_is_over_the_positions_of_a_sample():
-    gm = layer_graph("image")
-    inputs = random_inputs(gm)
-    prune_input_grads(gm.graph, SDGPConfig(targets="linear", rescale="feature_map"))
-    gm.recompile()
-    values = run(gm, inputs)
+    gm, inputs, values = pruned_and_run("image", "feature_map")
     (pruned,) = prunes(gm)
     (tangent,) = [x for x in inputs if x.shape == (2, 3, 5, 16)]
     maps = tangent.permute(0, 3, 1, 2).contiguous()
@@ -149,11 +153,7 @@ def test_feature_map_is_over_the_positions_of_a_sample():
 
 
 def test_channel_folds_its_factor_into_the_weight():
-    gm = layer_graph("positions")
-    inputs = random_inputs(gm)
-    prune_input_grads(gm.graph, SDGPConfig(targets="linear", rescale="channel"))
-    gm.recompile()
-    values = run(gm, inputs)
+    gm, inputs, values = pruned_and_run("positions", "channel")
     (pruned,) = prunes(gm)
     assert pruned.args[4] == "magnitude"
     (input_grad,) = pruned.users

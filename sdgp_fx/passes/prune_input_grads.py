@@ -73,13 +73,11 @@ def prune_input_grads(graph: fx.Graph, config: SDGPConfig) -> list[Decision]:
     has been rewritten before is left as it is, with the same decisions.
     """
     layers = _find_layers(graph, config)
-    reasons = ["" if layer.is_pruned else _reason_dense(layer, config) for layer in layers]
-    decisions = [_decision(*pair) for pair in zip(layers, reasons, strict=True)]
-
+    decisions = [_decision(layer, _reason_dense(layer, config)) for layer in layers]
     to_prune = [
         layer
-        for layer, reason in zip(layers, reasons, strict=True)
-        if not reason and not layer.is_pruned
+        for layer, decision in zip(layers, decisions, strict=True)
+        if decision.pruned and not layer.is_pruned
     ]
     seeds = _draw_seeds(to_prune) if config.prune in op.STOCHASTIC else {}
     for layer in to_prune:
@@ -101,7 +99,9 @@ def _find_layers(graph: fx.Graph, config: SDGPConfig) -> list[Layer]:
 
 
 def _reason_dense(layer: Layer, config: SDGPConfig) -> str:
-    """Why this layer can't be pruned; "" if it can."""
+    """Why this layer can't be pruned; "" if it can, or is."""
+    if layer.is_pruned:
+        return ""
     grad_output = layer.grad_output.meta["val"]
     channels = grad_output.shape[1]
     if not layer.has_input_grad:
@@ -188,10 +188,7 @@ def _draw_seeds(layers: list[Layer]) -> dict[fx.Node, fx.Node]:
             pin_memory=False,
         )
         for i, layer in enumerate(group):
-            value = drawn.meta["val"][i]
-            seeds[layer.node] = add_call(
-                torch.ops.aten.select.int, (drawn, 0, i), value, layer.node
-            )
+            seeds[layer.node] = compute(torch.ops.aten.select.int, (drawn, 0, i), layer.node)
     return seeds
 
 
