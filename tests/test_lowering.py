@@ -4,6 +4,7 @@ The generated Triton code is run in Triton's interpreter, on CPU tensors.
 """
 
 import itertools
+import re
 
 import pytest
 import torch
@@ -110,6 +111,21 @@ def test_cpp_readers_of_the_pruned_gradient():
     x = gradient(torch.float32).nan_to_num()
     for result, expected in zip(torch.compile(read)(x), read(x), strict=True):
         assert_same(result, expected)
+
+
+def test_cpp_weight_gradients_are_not_put_off():
+    """Which would need less memory here, but scatters library calls among the loops."""
+    layers = []
+    for inputs, outputs, stride in ((8, 8, 1), (8, 64, 8), (64, 64, 1), (64, 64, 1)):
+        conv = torch.nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+        layers += [conv, torch.nn.BatchNorm2d(outputs), torch.nn.ReLU()]
+    network = torch.nn.Sequential(*layers).to(memory_format=torch.channels_last)
+    x = torch.randn(1, 8, 64, 64).to(memory_format=torch.channels_last)
+    compiled = torch.compile(network, backend="sdgp")
+    _, (_, backward) = run_and_get_code(lambda: compiled(x).sum().backward())
+    calls = re.findall(r"convolution_backward\.default\(.*(\[(?:True|False).*?\])\)", backward)
+    weight_grad, input_grad = "[False, True, False]", "[True, False, False]"
+    assert calls == [weight_grad, input_grad] * 3 + [weight_grad]
 
 
 def test_cpp_of_other_patterns():

@@ -2,8 +2,8 @@
 
     before   gx, gw, gb = convolution_backward(gO, x, w, ..., mask=[1, 1, 1])
 
-    after    gx     = convolution_backward(p,  x, w, ..., mask=[1, 0, 0])
-             gw, gb = convolution_backward(gO, x, w, ..., mask=[0, 1, 1])
+    after    gw, gb = convolution_backward(gO, x, w, ..., mask=[0, 1, 1])
+             gx     = convolution_backward(p,  x, w, ..., mask=[1, 0, 0])
 
 Libraries run the two halves of convolution_backward one after the other anyway.
 """
@@ -77,6 +77,8 @@ def _split(node: fx.Node, args: _Arguments, grad_output: fx.Node, weight: fx.Nod
         input_grad.update_arg(0, half)
     node.args = tuple(args._replace(output_mask=[False, *args.output_mask[1:]]))
     node.meta.update({"val": (None, *values[1:]), _DENSE_HALF: True})
+    # Ahead of the prune, whose lowering may wait for it.
+    grad_output.prepend(node)
 
 
 def _input_grads(node: fx.Node) -> list[fx.Node]:
