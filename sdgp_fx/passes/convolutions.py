@@ -77,8 +77,9 @@ def _split(node: fx.Node, args: _Arguments, grad_output: fx.Node, weight: fx.Nod
         input_grad.update_arg(0, half)
     node.args = tuple(args._replace(output_mask=[False, *args.output_mask[1:]]))
     node.meta.update({"val": (None, *values[1:]), _DENSE_HALF: True})
-    # Ahead of the prune, whose lowering may wait for it.
-    grad_output.prepend(node)
+    if values[0].device.type == "cpu":
+        # Its lowering for C++ waits for the dense half; that for a GPU has to be the first reader.
+        grad_output.prepend(node)
 
 
 def _input_grads(node: fx.Node) -> list[fx.Node]:
