@@ -328,19 +328,19 @@ def with_any_arguments(*args):
     return args[0](args[1])
 
 
-@pytest.mark.parametrize(
-    "hold",
-    [
-        lambda model: Holder(model).forward,
-        lambda model: functools.partial(in_containers, {"trained": [model]}),
-        lambda model: functools.partial(with_any_arguments, model),
-        lambda model: model.forward,
-    ],
-)
-def test_names_start_at_the_model_whatever_holds_it(hold, decided):
+HOLDERS = {
+    "itself": lambda model: model.forward,
+    "attribute": lambda model: Holder(model).forward,
+    "containers": lambda model: functools.partial(in_containers, {"trained": [model]}),
+    "arguments": lambda model: functools.partial(with_any_arguments, model),
+}
+
+
+@pytest.mark.parametrize("holder", HOLDERS)
+def test_names_start_at_the_model_whatever_holds_it(holder, decided):
     model = make()
     options = {**OPTIONS, "sdgp.exclude": "blocks.*"}
-    train(model, torch.compile(hold(model), backend="sdgp", options=options))
+    train(model, torch.compile(HOLDERS[holder](model), backend="sdgp", options=options))
     assert names(decided) == ["head", "hidden"]
     dense = sorted(d.module for made in decided for d in made if not d.pruned)
     assert dense == ["blocks.0.conv", "blocks.1.conv", "stem"]
