@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
 from .config import SDGPConfig
+from .passes.layers import module_roots
 from .passes.prune_input_grads import Decision, prune_input_grads
 
 log = logging.getLogger(__name__)
@@ -42,24 +43,30 @@ class PruneInputGrads(CustomGraphPass):
     """The pass as Inductor takes it, with what belongs into the key of its caches.
 
     before: passes that the user has put into the same place; they run first.
+    roots: from `module_roots`, where the names of layers start.
     """
 
     def __init__(
-        self, config: SDGPConfig, before: Sequence[Callable[[fx.Graph], Any]] = ()
+        self,
+        config: SDGPConfig,
+        before: Sequence[Callable[[fx.Graph], Any]] = (),
+        roots: Collection[str] = (),
     ) -> None:
         self.config = config
         self.before = tuple(before)
+        self.roots = frozenset(roots)
 
     def __call__(self, graph: fx.Graph) -> None:
         for other in self.before:
             other(graph)
-        _report(graph, prune_input_grads(graph, self.config))
+        _report(graph, prune_input_grads(graph, self.config, self.roots))
 
     def uuid(self) -> Any | None:
         others = [p.uuid() if isinstance(p, CustomGraphPass) else None for p in self.before]
         if None in others:
             return None  # Inductor then compiles without its caches.
-        return (get_hash_for_files(_SOURCES, repr(self.config)), *others)
+        decisive = repr((self.config, sorted(self.roots)))
+        return (get_hash_for_files(_SOURCES, decisive), *others)
 
 
 def sdgp(
@@ -87,7 +94,7 @@ def sdgp(
     ignored += [f"{key}={value!r}" for key, value in inductor_options.items()]
     if ignored:
         warnings.warn(f"sdgp.inner='aot_eager' ignores {', '.join(ignored)}", stacklevel=2)
-    return aot_eager(PruneInputGrads(config))(gm, example_inputs)
+    return aot_eager(PruneInputGrads(config, roots=module_roots(gm)))(gm, example_inputs)
 
 
 def _inductor(
@@ -105,7 +112,7 @@ def _inductor(
     before = options.pop("joint_custom_pre_pass", inductor_config.joint_custom_pre_pass) or ()
     if not isinstance(before, (list, tuple)):
         before = (before,)
-    options["joint_custom_pre_pass"] = PruneInputGrads(config, before)
+    options["joint_custom_pre_pass"] = PruneInputGrads(config, before, module_roots(gm))
     # The private class behind backend="inductor" (checked on torch 2.11, 2.13 and 2.15), so that
     # modes, option names, their types and errors are Inductor's own. torch 2.15 has the name.
     named = {} if name is None else {"name": name}

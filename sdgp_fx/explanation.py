@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import fx
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 from .backend import aot_eager
 from .config import SDGPConfig
+from .passes.layers import module_roots
 from .passes.prune_input_grads import Decision, prune_input_grads
 
 
@@ -30,7 +33,11 @@ def explain(
     config, _ = SDGPConfig.from_options(options)
     decisions: list[Decision] = []
 
-    backend = aot_eager(lambda graph: decisions.extend(prune_input_grads(graph, config)))
+    def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        roots = module_roots(gm)
+        rewrite = aot_eager(lambda graph: decisions.extend(prune_input_grads(graph, config, roots)))
+        return rewrite(gm, example_inputs)
+
     mode = FakeTensorMode()
     with FakeCopyMode(mode):  # Private; checked on torch 2.11, 2.13 and 2.15.
         fake_model = copy.deepcopy(model)

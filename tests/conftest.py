@@ -1,7 +1,9 @@
-"""Shared by all tests: how Triton runs here, and a clean compiler for every test."""
+"""Shared by all tests: how Triton runs here, a clean compiler, what was compiled, small data."""
 
+import hashlib
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # There is a process for each core. Must be set before torch is imported.
     os.environ["OMP_NUM_THREADS"] = "1"
 
+import numpy as np
 import torch
 
 HAS_GPU = torch.cuda.is_available()
@@ -46,6 +49,46 @@ def nan_filled_empty():
 def device():
     """Where the Triton kernels run: a GPU, or Triton's interpreter on CPU tensors."""
     return torch.device("cuda" if HAS_GPU else "cpu")
+
+
+@pytest.fixture
+def rewritten(monkeypatch):
+    """The graphs that went through the pass, as (graph, decisions), in order."""
+    from sdgp_fx import backend
+
+    seen = []
+    report = backend._report
+
+    def spy(graph, decisions):
+        seen.append((graph, decisions))
+        report(graph, decisions)
+
+    monkeypatch.setattr(backend, "_report", spy)
+    return seen
+
+
+@pytest.fixture
+def cifar10(tmp_path, monkeypatch):
+    """A folder with a small data set in the format of CIFAR-10, and its training images."""
+    CIFAR10 = pytest.importorskip("torchvision.datasets", reason="needs torchvision").CIFAR10
+    folder = tmp_path / CIFAR10.base_folder
+    folder.mkdir()
+    random = np.random.default_rng(0)
+
+    def write(name, content):
+        (folder / name).write_bytes(pickle.dumps(content))
+        return [name, hashlib.md5((folder / name).read_bytes()).hexdigest()]
+
+    def batch():
+        images = random.integers(0, 256, (8, 3 * 32 * 32), dtype=np.uint8)
+        return {"data": images, "labels": random.integers(0, 10, 8).tolist()}
+
+    content = {f"data_batch_{i}": batch() for i in range(1, 6)}
+    monkeypatch.setattr(CIFAR10, "train_list", [write(*item) for item in content.items()])
+    monkeypatch.setattr(CIFAR10, "test_list", [write("test_batch", batch())])
+    _, md5 = write("batches.meta", {"label_names": [str(i) for i in range(10)]})
+    monkeypatch.setitem(CIFAR10.meta, "md5", md5)
+    return tmp_path, np.concatenate([part["data"] for part in content.values()])
 
 
 def compiled_apart(module):

@@ -19,7 +19,7 @@ class PrunedConv2d(torch.autograd.Function):
     """conv2d_input of the pruned gradient, all else dense."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, stride, padding, dilation, groups):
+    def forward(ctx, x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
         ctx.save_for_backward(x, weight)
         ctx.rest = (stride, padding, dilation, groups)
         ctx.has_bias = bias is not None

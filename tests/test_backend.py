@@ -42,20 +42,6 @@ def x():
     return torch.randn(2, 3, 12, 12)
 
 
-@pytest.fixture
-def rewritten(monkeypatch):
-    """The graphs that went through the pass, as (graph, decisions), in order."""
-    seen = []
-    report = backend._report
-
-    def spy(graph, decisions):
-        seen.append((graph, decisions))
-        report(graph, decisions)
-
-    monkeypatch.setattr(backend, "_report", spy)
-    return seen
-
-
 def gradients(model, x, **kwargs):
     """Gradients of one step of a freshly compiled model, by parameter name."""
     torch._dynamo.reset()

@@ -1,9 +1,7 @@
 """`python -m sdgp_fx demo`: a short run, what it refuses, and Ctrl-C."""
 
-import hashlib
 import io
 import math
-import pickle
 import re
 import signal
 import subprocess
@@ -15,7 +13,6 @@ import pytest
 import torch
 from matplotlib.image import imread
 from rich.console import Console
-from torchvision.datasets import CIFAR10
 
 from sdgp_fx import demo
 from sdgp_fx.__main__ import main
@@ -234,29 +231,6 @@ def test_aot_eager_stands_in_where_inductor_cant_compile(missing, tmp_path, monk
     console = Console(file=io.StringIO())
     assert demo.find_inner(console) == ("aot_eager" if missing else "inductor")
     assert missing in console.file.getvalue()
-
-
-@pytest.fixture
-def cifar10(tmp_path, monkeypatch):
-    """A folder with a small data set in the format of CIFAR-10, and its training images."""
-    folder = tmp_path / CIFAR10.base_folder
-    folder.mkdir()
-    random = np.random.default_rng(0)
-
-    def write(name, content):
-        (folder / name).write_bytes(pickle.dumps(content))
-        return [name, hashlib.md5((folder / name).read_bytes()).hexdigest()]
-
-    def batch():
-        images = random.integers(0, 256, (8, 3 * 32 * 32), dtype=np.uint8)
-        return {"data": images, "labels": random.integers(0, 10, 8).tolist()}
-
-    content = {f"data_batch_{i}": batch() for i in range(1, 6)}
-    monkeypatch.setattr(CIFAR10, "train_list", [write(*item) for item in content.items()])
-    monkeypatch.setattr(CIFAR10, "test_list", [write("test_batch", batch())])
-    _, md5 = write("batches.meta", {"label_names": [str(i) for i in range(10)]})
-    monkeypatch.setitem(CIFAR10.meta, "md5", md5)
-    return tmp_path, np.concatenate([part["data"] for part in content.values()])
 
 
 def test_cifar10_is_trained_on(cifar10, tmp_path, capsys, drawn):

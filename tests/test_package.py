@@ -22,8 +22,8 @@ ALLOWED = {
     "__init__": {"config", "backend", "explanation", "kernels.op"},
     "__main__": {"config", "demo"},
     "demo": {"explanation", "passes.prune_input_grads"},
-    "explanation": {"backend", "config", "passes.prune_input_grads"},
-    "backend": {"config", "kernels.lowering", "passes.prune_input_grads"},
+    "explanation": {"backend", "config", "passes.layers", "passes.prune_input_grads"},
+    "backend": {"config", "kernels.lowering", "passes.layers", "passes.prune_input_grads"},
     "passes.prune_input_grads": {
         "config",
         "kernels.op",

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 
 import pytest
 import torch
@@ -64,6 +65,32 @@ class WithGraphBreak(Network):
         return self.head(self.hidden(x).relu())
 
 
+class CalledTwice(Network):
+    def features(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(block(x))
+        return x.mean((2, 3))
+
+
+class Shared(Network):
+    def __init__(self):
+        super().__init__()
+        self.blocks[1] = self.blocks[0]
+
+
+class Functional(Network):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 8, 1, 1))
+        self.mixing = nn.Parameter(torch.randn(8, 8))
+        self.shift = nn.Parameter(torch.zeros(8))
+
+    def features(self, x):
+        x = F.conv2d(self.stem(x), self.weight)
+        return F.linear(x.mean((2, 3)), self.mixing, self.shift)
+
+
 def make(kind=Network):
     torch.manual_seed(0)
     return kind()
@@ -120,13 +147,23 @@ def names(decided):
 PRUNED = ["blocks.0.conv", "blocks.1.conv", "head", "hidden"]
 
 
-@pytest.mark.parametrize("kind", [Network, Checkpointed, WithGraphBreak])
-def test_networks(kind, decided):
+@pytest.mark.parametrize(
+    ("kind", "pruned"),
+    [
+        (Network, PRUNED),
+        (Checkpointed, PRUNED),
+        (WithGraphBreak, PRUNED),
+        (CalledTwice, sorted(["blocks.0.conv", "blocks.1.conv", *PRUNED])),
+        (Shared, PRUNED),
+        (Functional, ["", "", "head", "hidden"]),
+    ],
+)
+def test_networks(kind, pruned, decided):
     model, other = make(kind), make(kind)
     train(model, compiled(model))
     train(other, defined(other))
     assert_same_parameters(model, other)
-    assert names(decided) == PRUNED
+    assert names(decided) == pruned
     dense = make(kind)
     train(dense, dense)
     with pytest.raises(AssertionError):
@@ -261,6 +298,52 @@ def test_regional_compilation(decided):
     train(other, other)
     assert_same_parameters(model, other)
     assert set(names(decided)) == {"conv"}
+
+
+def test_a_module_that_is_compiled_within_a_compiled_model(decided):
+    """It is part of the model's graph, and its own backend is not asked."""
+    model, other = make(), make()
+    model.blocks[0].compile(backend="eager")
+    model.blocks[1] = torch.compile(model.blocks[1], backend="eager")
+    train(model, compiled(model))
+    model.blocks[1] = model.blocks[1]._orig_mod
+    train(other, defined(other))
+    assert_same_parameters(model, other)
+    assert names(decided) == PRUNED
+
+
+class Holder:
+    def __init__(self, model):
+        self.model = model
+
+    def forward(self, x):
+        return self.model(x)
+
+
+def in_containers(models, x):
+    return models["trained"][0](x)
+
+
+def with_any_arguments(*args):
+    return args[0](args[1])
+
+
+HOLDERS = {
+    "itself": lambda model: model.forward,
+    "attribute": lambda model: Holder(model).forward,
+    "containers": lambda model: functools.partial(in_containers, {"trained": [model]}),
+    "arguments": lambda model: functools.partial(with_any_arguments, model),
+}
+
+
+@pytest.mark.parametrize("holder", HOLDERS)
+def test_names_start_at_the_model_whatever_holds_it(holder, decided):
+    model = make()
+    options = {**OPTIONS, "sdgp.exclude": "blocks.*"}
+    train(model, torch.compile(HOLDERS[holder](model), backend="sdgp", options=options))
+    assert names(decided) == ["head", "hidden"]
+    dense = sorted(d.module for made in decided for d in made if not d.pruned)
+    assert dense == ["blocks.0.conv", "blocks.1.conv", "stem"]
 
 
 def test_compiled_autograd():

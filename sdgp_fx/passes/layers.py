@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from torch import fx
@@ -33,26 +33,53 @@ class Layer:
     is_pruned: bool
     feed: Callable[[fx.Node, fx.Node], None]
 
-    @property
-    def module(self) -> str:
-        """The layer's name from the innermost entry of the forward's module stack."""
+    def module(self, roots: Collection[str] = ()) -> str:
+        """The layer's name from the innermost entry of the forward's module stack.
+
+        roots: of the graph's modules, as for `module_name`.
+        """
         stack = self.node.meta.get("fwd_nn_module_stack")
-        return module_name(list(stack.values())[-1][0]) if stack else ""
+        return module_name(list(stack.values())[-1][0], roots) if stack else ""
 
 
-def module_name(path: str) -> str:
+def module_roots(gm: fx.GraphModule) -> frozenset[str]:
+    """The outermost modules that hold parameters of a graph of Dynamo's, as paths of Dynamo's.
+
+    A parameter's source is a path that says which of its parts are modules:
+    "L['trainer'].model._modules['layer1']._parameters['weight']". That it is an attribute of the
+    placeholder is private (checked on torch 2.11 and 2.14); one that Dynamo has not made has none.
+    """
+    inputs = gm.graph.find_nodes(op="placeholder")
+    sources = filter(None, (getattr(node, "_dynamo_source", None) for node in inputs))
+    held = (re.match(r"(.+?)\._(?:modules|parameters)\b", _with_dots(s.name)) for s in sources)
+    return frozenset(match[1] for match in held if match)
+
+
+def module_name(path: str, roots: Collection[str] = ()) -> str:
     """A name of `named_modules()` from a path of Dynamo's.
 
-    The paths (checked on torch 2.11, 2.14 and 2.15) are Python expressions whose root is the
-    compiled module or the variable that holds it: "L['self'].layer1.0.conv1",
-    "getattr(L['self'].layer1, '0').conv1" or "L['model']._modules['layer1'].conv1". A module
-    within that was itself compiled has a wrapper, "_orig_mod".
+    The paths (checked on torch 2.11, 2.14 and 2.15) are Python expressions that begin with a
+    variable: "L['self'].layer1.0.conv1", "getattr(L['self'].layer1, '0').conv1" or
+    "L['model']._modules['layer1'].conv1". A module within that was itself compiled has a wrapper,
+    "_orig_mod".
+
+    roots: the modules from which names start, as from `module_roots`; the outermost counts.
+        Below none of them, the variable is taken for the module.
     """
-    while (attribute := re.sub(r"getattr\(([^()]*), '([^']*)'\)", r"\1.\2", path)) != path:
-        path = attribute
-    path = re.sub(r"^[LG]\['[^']*'\]", "", path)
+    path = _with_dots(path)
+    above = [root for root in roots if re.match(rf"{re.escape(root)}(?![^.\[])", path)]
+    if above:
+        path = path.removeprefix(min(above, key=len))
+    else:
+        path = re.sub(r"^[LG]\['[^']*'\]", "", path)
     path = path.replace("._modules", "").replace("._orig_mod", "")
     return re.sub(r"\['?([^'\]]*)'?\]", r".\1", path).removeprefix(".")
+
+
+def _with_dots(path: str) -> str:
+    while (attribute := re.sub(r"getattr\(([^()]*), '([^']*)'\)", r"\1.\2", path)) != path:
+        path = attribute
+    return path
 
 
 def add_call(

@@ -18,6 +18,7 @@ takes the channels' factors, and the prune that is left needs one group at a tim
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 
 import torch
 from torch import fx
@@ -47,7 +48,8 @@ class Decision:
     """What became of one layer.
 
     module: the layer's name in `named_modules()`; that of the module around it for a layer
-        without a module of its own, "" for the compiled module itself.
+        without a module of its own, "" for the compiled module itself. A module that is
+        registered under several names may go by any of them.
     kind: "conv" or "linear".
     grad_output: shape (N, C_out, *spatial), of a linear layer (rows, out_features); a symbolic
         size is its symbol's name.
@@ -66,14 +68,17 @@ class Decision:
     reason: str
 
 
-def prune_input_grads(graph: fx.Graph, config: SDGPConfig) -> list[Decision]:
+def prune_input_grads(
+    graph: fx.Graph, config: SDGPConfig, roots: Collection[str] = ()
+) -> list[Decision]:
     """Rewrite graph in place; return a Decision for each layer, in the graph's order.
 
     graph: ATen operators with `meta["val"]`, such as AOTAutograd's joint graph. A graph that
     has been rewritten before is left as it is, with the same decisions.
+    roots: `module_roots` of Dynamo's graph, from which the layers' names start.
     """
     layers = _find_layers(graph, config)
-    decisions = [_decision(layer, _reason_dense(layer, config)) for layer in layers]
+    decisions = [_decide(layer, layer.module(roots), config) for layer in layers]
     to_prune = [
         layer
         for layer, decision in zip(layers, decisions, strict=True)
@@ -98,7 +103,7 @@ def _find_layers(graph: fx.Graph, config: SDGPConfig) -> list[Layer]:
     return layers
 
 
-def _reason_dense(layer: Layer, config: SDGPConfig) -> str:
+def _reason_dense(layer: Layer, module: str, config: SDGPConfig) -> str:
     """Why this layer can't be pruned; "" if it can, or is."""
     if layer.is_pruned:
         return ""
@@ -108,7 +113,7 @@ def _reason_dense(layer: Layer, config: SDGPConfig) -> str:
         return NO_INPUT_GRADIENT
     if config.n == config.m:
         return KEEPS_ALL
-    if not config.selects(layer.module):
+    if not config.selects(module):
         return EXCLUDED
     if not op.supports_dtype(grad_output.dtype, grad_output.device):
         return DTYPE
@@ -192,9 +197,10 @@ def _draw_seeds(layers: list[Layer]) -> dict[fx.Node, fx.Node]:
     return seeds
 
 
-def _decision(layer: Layer, reason: str) -> Decision:
+def _decide(layer: Layer, module: str, config: SDGPConfig) -> Decision:
+    reason = _reason_dense(layer, module, config)
     return Decision(
-        module=layer.module,
+        module=module,
         kind=layer.kind,
         grad_output=_shape(layer.grad_output),
         weight=_shape(layer.weight),
