@@ -1,0 +1,1 @@
+"""The tables and figures of McDanel et al. 2022, measured again: `python -m benchmarks.paper`."""

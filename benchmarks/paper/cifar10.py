@@ -1,0 +1,271 @@
+"""The paper's CIFAR-10 recipe (McDanel et al. 2022, section V): data, schedule, training.
+
+All images lie on the device as bytes. Batches are cut from them, augmented and normalised there,
+in the compiled step, from a few random numbers an image that are drawn ahead of it: the same for
+every setting that is compared.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.datasets import CIFAR10
+
+from sdgp_fx import sdgp
+
+from .resnet9 import ResNet9
+
+MEAN = (125.3, 123.0, 113.9)
+STD = (63.0, 62.1, 66.7)
+
+BATCH = 512
+EPOCHS = 150
+MOMENTUM = 0.9
+WEIGHT_DECAY = 5e-4
+LABEL_SMOOTHING = 0.1
+FIRST_LR, PEAK_LR, PEAK_EPOCH = 5e-5, 0.5, 5
+SHIFT = 2
+HOLE = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Images:
+    """Images (N, 3, 32, 32) of bytes and labels (N,), on one device."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclasses.dataclass(frozen=True)
+class Draw:
+    """What is random in the augmentation of a batch, all of shape (N,).
+
+    top, left: of the part of the image, with SHIFT pixels of black around it, that is taken.
+    mirrored: whether it is mirrored.
+    row, column: the centre of the square that is cut out.
+    """
+
+    top: Tensor
+    left: Tensor
+    mirrored: Tensor
+    row: Tensor
+    column: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What is the same in all runs of a comparison.
+
+    epochs, batch, lr: the paper's are 150, 512 and 0.5; lr is the peak's.
+    width: of ResNet9.
+    dtype: of autocast; float32 is without. float16 has a gradient scaler.
+    compiler: "inductor" or "aot_eager", of the dense network and inside of sdgp.
+    """
+
+    epochs: int = EPOCHS
+    batch: int = BATCH
+    lr: float = PEAK_LR
+    width: int = 128
+    dtype: str = "float16"
+    compiler: str = "inductor"
+
+
+@dataclasses.dataclass
+class Run:
+    """What a training run gave, by epoch. seconds: of training, with compilation in the first."""
+
+    losses: list[float] = dataclasses.field(default_factory=list)
+    accuracies: list[float] = dataclasses.field(default_factory=list)
+    seconds: list[float] = dataclasses.field(default_factory=list)
+
+
+def load(root: Path, device: torch.device) -> tuple[Images, Images]:
+    """CIFAR-10's training and test images, as torchvision stores them under root.
+
+    Raises ValueError if they are not there.
+    """
+    try:
+        parts = [CIFAR10(root, train=train, download=False) for train in (True, False)]
+    except RuntimeError:
+        raise ValueError(
+            f"--root: expected the folder that has {CIFAR10.base_folder} in it, as "
+            f"torchvision.datasets.CIFAR10({str(root)!r}, download=True) makes it, got {root}"
+        ) from None
+    train, test = (
+        Images(
+            torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous().to(device),
+            torch.tensor(part.targets, device=device),
+        )
+        for part in parts
+    )
+    return train, test
+
+
+def fraction_of(data: Images, fraction: float) -> Images:
+    """The first images, that share of them; CIFAR-10's are in no order."""
+    count = math.ceil(len(data) * fraction)
+    return Images(data.images[:count], data.labels[:count])
+
+
+def batches(data: Images, size: int, generator: torch.Generator) -> Iterator[tuple[Images, Draw]]:
+    """An epoch in a new order. What is left over is dropped, so that all batches are of a size."""
+    device = data.labels.device
+    order = torch.randperm(len(data), generator=generator)
+    for chosen in order[: len(data) // size * size].view(-1, size):
+        numbers = [
+            torch.randint(high, (size,), generator=generator)
+            for high in (2 * SHIFT + 1, 2 * SHIFT + 1, 2, *data.images.shape[2:])
+        ]
+        here = chosen.to(device)
+        draw = Draw(*(number.to(device) for number in numbers))
+        yield Images(data.images[here], data.labels[here]), draw
+
+
+def augment(images: Tensor, draw: Draw) -> Tensor:
+    """Images of a batch, shifted, mirrored and with a square of 0; floats (N, 3, H, W)."""
+    count, _, height, width = images.shape
+    rows = draw.top[:, None] + torch.arange(height, device=images.device)
+    columns = torch.arange(width, device=images.device).expand(count, -1)
+    columns = torch.where(draw.mirrored[:, None] > 0, width - 1 - columns, columns)
+    columns = draw.left[:, None] + columns
+    padded = F.pad(normalize(images), (SHIFT,) * 4)
+    image = torch.arange(count, device=images.device)[:, None, None]
+    shifted = padded.permute(0, 2, 3, 1)[image, rows[:, :, None], columns[:, None, :]]
+    hole = _near(draw.row, height)[:, :, None] & _near(draw.column, width)[:, None, :]
+    return torch.where(hole[..., None], 0.0, shifted).permute(0, 3, 1, 2)
+
+
+def _near(centre: Tensor, size: int) -> Tensor:
+    distance = torch.arange(size, device=centre.device) - centre[:, None]
+    return (distance >= -HOLE // 2) & (distance < HOLE // 2)
+
+
+def normalize(images: Tensor) -> Tensor:
+    """Bytes (N, 3, H, W) to floats with mean 0 and standard deviation 1, by channel."""
+    mean, std = (torch.tensor(v, device=images.device)[:, None, None] for v in (MEAN, STD))
+    return (images.float() - mean) / std
+
+
+def learning_rate(epoch: float, recipe: Recipe) -> float:
+    """Linear up to the peak at epoch 5, and down to 0 at the end.
+
+    With fewer than 150 epochs the peak comes after the same share of them.
+    """
+    peak = PEAK_EPOCH * recipe.epochs / EPOCHS
+    first = FIRST_LR / PEAK_LR
+    if epoch < peak:
+        return recipe.lr * (first + (1 - first) * epoch / peak)
+    return recipe.lr * (recipe.epochs - epoch) / (recipe.epochs - peak)
+
+
+def train(
+    recipe: Recipe,
+    options: dict[str, Any] | None,
+    data: Images,
+    test: Images,
+    seed: int,
+    report: Callable[[Run], None] = lambda run: None,
+) -> Run:
+    """Train a ResNet9 from seed and test it after each epoch.
+
+    options: of the backend "sdgp"; None trains with dense gradients.
+    report: called after each epoch.
+    Raises ValueError if there is no whole batch.
+    """
+    if len(data) < recipe.batch:
+        raise ValueError(f"--batch: expected at most {len(data)}, the images, got {recipe.batch}")
+    device = data.labels.device
+    torch.manual_seed(seed)
+    network = ResNet9(recipe.width).to(device)
+    network = network.to(memory_format=torch.channels_last)
+    step = make_step(network, recipe, options)
+    generator = torch.Generator().manual_seed(seed)
+    run, total = Run(), len(data) // recipe.batch
+    for epoch in range(recipe.epochs):
+        network.train()
+        begin, losses = perf_counter(), []
+        for i, (batch, draw) in enumerate(batches(data, recipe.batch, generator)):
+            losses.append(step(batch, draw, learning_rate(epoch + i / total, recipe)))
+        run.losses.append(torch.stack(losses).mean().item())
+        run.seconds.append(perf_counter() - begin)
+        run.accuracies.append(accuracy(network, test, recipe))
+        report(run)
+    return run
+
+
+def make_step(
+    network: nn.Module, recipe: Recipe, options: dict[str, Any] | None
+) -> Callable[[Images, Draw, float], Tensor]:
+    """A function that does a training step at a learning rate and returns the loss."""
+    device = next(network.parameters()).device
+    backend: Any = recipe.compiler
+    if options is not None:
+        backend = functools.partial(sdgp, options={"sdgp.inner": recipe.compiler, **options})
+
+    @torch.compile(backend=backend)
+    def loss_of(images: Tensor, labels: Tensor, draw: Draw) -> Tensor:
+        inputs = augment(images, draw).contiguous(memory_format=torch.channels_last)
+        with autocast(device, recipe):
+            logits = network(inputs)
+        return F.cross_entropy(logits.float(), labels, label_smoothing=LABEL_SMOOTHING)
+
+    optimizer = make_optimizer(network)
+    scaler = torch.amp.GradScaler(device.type, enabled=recipe.dtype == "float16")
+
+    def step(batch: Images, draw: Draw, lr: float) -> Tensor:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        loss = loss_of(batch.images, batch.labels, draw)
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        return loss.detach()
+
+    return step
+
+
+def make_optimizer(network: nn.Module) -> torch.optim.Optimizer:
+    """SGD with momentum, and weight decay of all weights but BatchNorm's."""
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
+    for module in network.modules():
+        group = free if isinstance(module, nn.BatchNorm2d) else decayed
+        group += module.parameters(recurse=False)
+    groups: list[dict[str, Any]] = [
+        {"params": decayed, "weight_decay": WEIGHT_DECAY},
+        {"params": free},
+    ]
+    return torch.optim.SGD(groups, lr=FIRST_LR, momentum=MOMENTUM, weight_decay=0, fused=True)
+
+
+@torch.no_grad()
+def accuracy(network: nn.Module, test: Images, recipe: Recipe) -> float:
+    """The share of test images that are classified right, by the image and its mirror image."""
+    network.eval()
+    right = torch.zeros((), dtype=torch.int64, device=test.labels.device)
+    parts = zip(test.images.split(recipe.batch), test.labels.split(recipe.batch), strict=True)
+    for images, labels in parts:
+        inputs = normalize(images).contiguous(memory_format=torch.channels_last)
+        with autocast(inputs.device, recipe):
+            logits = network(inputs) + network(inputs.flip(3))
+        right += (logits.argmax(1) == labels).sum()
+    return right.item() / len(test)
+
+
+def autocast(device: torch.device, recipe: Recipe) -> torch.autocast:
+    """Half precision, unless the recipe's is float32."""
+    dtype = getattr(torch, recipe.dtype)
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)

@@ -1,0 +1,92 @@
+"""The paper's figures from the rows of an experiment."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from ..report import Row
+from .experiment import Setting, accuracies, mean
+
+
+def draw_accuracies(rows: Sequence[Row], settings: Sequence[Setting], title: str) -> Figure:
+    """A line for each setting: its mean accuracy, and a point for every seed."""
+    figure, (axes,) = _figure(1, title)
+    for place, setting in enumerate(settings):
+        own = list(accuracies(rows, setting).values())
+        axes.plot(own, [place] * len(own), "o", color="#4c6a92", alpha=0.5)
+        if own:
+            axes.plot(mean(own), place, "|", color="#e07a2f", markersize=18, markeredgewidth=2)
+        if setting.paper is not None:
+            axes.plot(setting.paper, place, "x", color="0.4")
+    axes.set_yticks(range(len(settings)), [setting.name for setting in settings])
+    axes.invert_yaxis()
+    axes.set_xlabel("test accuracy, % (dot: a seed, line: mean, cross: the paper's)")
+    return figure
+
+
+def draw_curves(rows: Sequence[Row], settings: Sequence[Setting], title: str) -> Figure:
+    """Figures 6 and 7: training loss and test accuracy by epoch, the mean of all seeds."""
+    figure, (left, right) = _figure(2, title)
+    for setting in settings:
+        own = [row for row in rows if row["setting"] == setting.name]
+        if not own:
+            continue
+        epochs = range(1, len(own[0]["losses"]) + 1)
+        marker = "." if len(epochs) < 20 else None
+        for axes, key, scale in ((left, "losses", 1), (right, "accuracies", 100)):
+            means = [
+                scale * mean(values) for values in zip(*(row[key] for row in own), strict=True)
+            ]
+            axes.plot(epochs, means, marker=marker, label=setting.name)
+    left.set_ylabel("training loss")
+    right.set_ylabel("test accuracy, %")
+    for axes in (left, right):
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    left.legend(frameon=False)
+    return figure
+
+
+def draw_pattern(rows: Sequence[Row], settings: Sequence[Setting], title: str) -> Figure:
+    """Figure 8: accuracy over m, a line for each m / n."""
+    figure, (axes,) = _figure(1, title)
+    lines: dict[int, list[tuple[int, float, float | None]]] = {}
+    for setting in settings:
+        own = list(accuracies(rows, setting).values())
+        if not own:
+            continue
+        if setting.options is None:
+            axes.axhline(mean(own), color="0.5", linestyle=":", label=setting.name)
+            continue
+        n, m = setting.options["sdgp.n"], setting.options["sdgp.m"]
+        lines.setdefault(m // n, []).append((m, mean(own), setting.paper))
+    for ratio, points in sorted(lines.items()):
+        sizes, means, _ = zip(*sorted(points), strict=True)
+        axes.plot(sizes, means, marker="o", label=f"m/n = {ratio}")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks([4, 8, 16, 32], ["4", "8", "16", "32"])
+    axes.set_xlabel("m")
+    axes.set_ylabel("test accuracy, %")
+    axes.legend(frameon=False)
+    return figure
+
+
+def save(figure: Figure, path: Path) -> None:
+    """As a PNG."""
+    figure.savefig(path, format="png")
+
+
+def _figure(columns: int, title: str) -> tuple[Figure, Sequence[Axes]]:
+    figure = Figure(figsize=(5.5 * columns + 2, 4.5), dpi=150, layout="constrained")
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    grid: Any = figure.subplots(1, columns, squeeze=False)[0]
+    for axes in grid:
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, grid
