@@ -1,6 +1,7 @@
 """Linear layers in the joint graph: found by structure, and fed with the pruned gradient."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -147,9 +148,35 @@ def test_feature_map_is_over_the_positions_of_a_sample():
     (tangent,) = [x for x in inputs if x.shape == (2, 3, 5, 16)]
     maps = tangent.permute(0, 3, 1, 2).contiguous()
     expected = reference.prune_nm(maps, None, 2, 4, "rescaled_magnitude", "feature_map")
-    torch.testing.assert_close(values[pruned.name], expected.flatten(2))
+    torch.testing.assert_close(values[pruned.name], expected)
     rows = next(node for node in products(gm) if node.args[1].meta["val"].shape == (16, 8)).args[0]
     torch.testing.assert_close(values[rows.name], expected.permute(0, 2, 3, 1).reshape(30, 16))
+
+
+@pytest.mark.parametrize("name", ["positions", "image"])
+def test_feature_map_of_symbolic_sizes(name):
+    """The number of positions is not known when the graph is rewritten."""
+    layer, shape = LAYERS[name]
+    config = SDGPConfig(targets="linear", rescale="feature_map")
+    results = []
+    for dynamic in (False, True):
+        torch._dynamo.reset()
+        torch.manual_seed(1)
+        x = torch.randn(shape, requires_grad=True)
+        options = {f"sdgp.{k}": v for k, v in dataclasses.asdict(config).items()}
+        options["sdgp.inner"] = "aot_eager"
+        compiled = torch.compile(layer, backend="sdgp", options=options, dynamic=dynamic)
+        results.append(torch.autograd.grad(compiled(x).sin().sum(), x))
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("rescale", ["group", "feature_map", "channel"])
+def test_one_vector(rescale):
+    gm = joint_graph(nn.Linear(8, 16), torch.randn(8, requires_grad=True))
+    config = SDGPConfig(targets="linear", rescale=rescale)
+    (decision,) = prune_input_grads(gm.graph, config)
+    assert decision.pruned
+    assert decision.grad_output == (1, 16)
 
 
 def test_channel_folds_its_factor_into_the_weight():

@@ -17,13 +17,13 @@ the function that Dynamo traced it from.
 from __future__ import annotations
 
 import functools
-import math
 from collections import defaultdict
 from typing import Any, cast
 
 import torch
 from torch import fx, nn
 from torch._functorch import eager_transforms
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..kernels.op import PRUNE_NM
 from .layers import Layer, compute
@@ -64,31 +64,39 @@ def find_linears(graph: fx.Graph) -> list[Layer]:
     return list(layers.values())
 
 
-def positions_last(layer: Layer) -> fx.Node | None:
-    """The grad_output of a layer as a view of shape (N, out_features, positions).
+def features_second(layer: Layer) -> fx.Node | None:
+    """The grad_output of a layer as a view of shape (N, out_features, *positions).
 
-    N is the first dimension of what the layer returns in the model, and positions are the
-    product of those between. None if that isn't known, or the number of positions isn't.
+    N and positions are those of what the layer returns in the model. None if it has no positions.
     """
-    rows = layer.grad_output
-    source = rows.args[0] if rows.target in _VIEWS else rows
-    _, *positions, features = cast(fx.Node, source).meta["val"].shape
-    known = all(isinstance(size, int) for size in (*positions, features))
-    if not known or features != rows.meta["val"].shape[1]:
+    returned = _returned(layer.grad_output)
+    dims = returned.meta["val"].dim()
+    if dims < 3:
         return None
-    shape = [-1, math.prod(positions), features]
-    apart = compute(aten.view.default, (rows, shape), layer.node)
-    return compute(aten.permute.default, (apart, [0, 2, 1]), layer.node)
+    order = [0, dims - 1, *range(1, dims - 1)]
+    return compute(aten.permute.default, (returned, order), layer.node)
 
 
-def rows_of(gradient: fx.Node, layer: Layer) -> fx.Node:
-    """A gradient of shape (N, out_features, positions) as (rows, out_features)."""
-    rows = compute(aten.permute.default, (gradient, [0, 2, 1]), layer.node)
-    if not rows.meta["val"].is_contiguous():
-        rows = compute(
-            aten.clone.default, (rows,), layer.node, memory_format=torch.contiguous_format
-        )
-    return compute(aten.view.default, (rows, [-1, rows.meta["val"].shape[2]]), layer.node)
+def features_last(gradient: fx.Node, layer: Layer) -> fx.Node:
+    """A gradient of shape (N, out_features, *positions) in the form of the layer's grad_output."""
+    dims, form = gradient.meta["val"].dim(), layer.grad_output
+    result = compute(aten.permute.default, (gradient, [0, *range(2, dims), 1]), layer.node)
+    if form is _returned(form):
+        return result
+    if not result.meta["val"].is_contiguous():
+        memory_format = torch.contiguous_format
+        result = compute(aten.clone.default, (result,), layer.node, memory_format=memory_format)
+    return compute(aten.view.default, (result, form.args[1]), layer.node)
+
+
+def _returned(grad_output: fx.Node) -> fx.Node:
+    """The gradient of what the layer returns, if grad_output is a view of that; else itself."""
+    if grad_output.target not in _VIEWS:
+        return grad_output
+    source = cast(fx.Node, grad_output.args[0])
+    shape, features = source.meta["val"].shape, grad_output.meta["val"].shape[-1]
+    is_whole = len(shape) > 2 and statically_known_true(shape[-1] == features)
+    return source if is_whole else grad_output
 
 
 def _is_linear(forward: fx.Node) -> bool:

@@ -126,7 +126,7 @@ def _rewrite(layer: Layer, seed: fx.Node | None, config: SDGPConfig) -> None:
         prune, weight = "magnitude", _scaled_weight(layer, config)
     # Only this scope knows positions from samples, which are all rows of a linear layer's.
     by_position = prune == "rescaled_magnitude" and config.rescale == "feature_map"
-    apart = linears.positions_last(layer) if by_position and layer.kind == "linear" else None
+    apart = linears.features_second(layer) if by_position and layer.kind == "linear" else None
     if apart is not None:
         grad_output = apart
     pruned = add_call(
@@ -135,7 +135,7 @@ def _rewrite(layer: Layer, seed: fx.Node | None, config: SDGPConfig) -> None:
         torch.empty_like(grad_output.meta["val"]),
         layer.node,
     )
-    layer.feed(linears.rows_of(pruned, layer) if apart is not None else pruned, weight)
+    layer.feed(linears.features_last(pruned, layer) if apart is not None else pruned, weight)
 
 
 def _folds_factor(layer: Layer, config: SDGPConfig) -> bool:
