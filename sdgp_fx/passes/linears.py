@@ -8,6 +8,13 @@ AOTAutograd leaves of a layer, between reshapes:
 
     after      gx = mm(p, t(t(w)))               or t(mm(t(w), t(p)))
 
+Where w is frozen and the rows of x are no view of it, they are batched products, with w expanded:
+
+    forward    y  = bmm(x, expand(t(w)))
+    backward   gx = bmm(gO, transpose(expand(t(w))))
+
+    after      gx = bmm(p, transpose(expand(t(w))))
+
 The products of the backward have the sequence number of the forward's, and gx is the one with
 the weight. Where a transform of torch.func makes the gradient part of the forward they have not,
 but are known as its own. Attention multiplies matrices too: which product is a linear layer says
@@ -30,6 +37,7 @@ from .layers import Layer, compute
 
 aten = torch.ops.aten
 MM = aten.mm.default
+BMM = aten.bmm.default
 
 _VIEWS = (aten.view.default, aten._unsafe_view.default)
 
@@ -43,25 +51,31 @@ _MODULES = (nn.Linear, nn.MultiheadAttention)
 def find_linears(graph: fx.Graph) -> list[Layer]:
     """All linear layers with a gradient in a joint graph of ATen operators with `meta["val"]`.
 
-    The grad_output of a layer has shape (rows, out_features).
+    The grad_output of a layer has shape (rows, out_features), of a batched product
+    (batch, rows, out_features).
     """
     products = defaultdict(list)
     of_transforms = []
-    for node in graph.find_nodes(op="call_function", target=MM):
-        products[node.meta.get("seq_nr")].append(node)
-        if _source(node) is eager_transforms._autograd_grad:
-            of_transforms.append(node)
+    for target in (MM, BMM):
+        for node in graph.find_nodes(op="call_function", target=target):
+            products[node.meta.get("seq_nr")].append(node)
+            if _source(node) is eager_transforms._autograd_grad:
+                of_transforms.append(node)
     layers: dict[fx.Node, Layer] = {}
-    for target in (MM, aten.addmm.default):
+    for target in (MM, aten.addmm.default, BMM):
         for forward in graph.find_nodes(op="call_function", target=target):
-            if not _is_linear(forward):
+            weight = cast(fx.Node, forward.args[-1])
+            if not _is_linear(forward) or _untransposed(weight)[0].meta["val"].dim() != 2:
                 continue
             related = [node for node in products[forward.meta.get("seq_nr")] if node is not forward]
-            weight = cast(fx.Node, forward.args[-1])
             found = {node: _input_grad(node, weight) for node in (*related, *of_transforms)}
             input_grads = {node: layer for node, layer in found.items() if layer is not None}
             layers |= input_grads or {node: _without_input_grad(node, forward) for node in related}
     return list(layers.values())
+
+
+def is_batched(layer: Layer) -> bool:
+    return layer.node.target is BMM
 
 
 def features_second(layer: Layer) -> fx.Node | None:
@@ -123,7 +137,11 @@ def _input_grad(node: fx.Node, transposed_weight: fx.Node) -> Layer | None:
     # A weight that took factors is another node than the forward's.
     if _is_pruned(left) or (base_right is base and odd_right != odd):
         grad_output, weight, feed = left, right, _feed
-    elif _transposes(right) and (_is_pruned(right) or (base_left is base and odd_left == odd)):
+    elif (
+        node.target is MM
+        and _transposes(right)
+        and (_is_pruned(right) or (base_left is base and odd_left == odd))
+    ):
         grad_output, weight, feed = cast(fx.Node, right.args[0]), left, _feed_transposed
     else:
         return None
@@ -164,20 +182,34 @@ def _feed_transposed(node: fx.Node, grad_output: fx.Node, weight: fx.Node) -> No
 
 
 def _untransposed(matrix: fx.Node) -> tuple[fx.Node, bool]:
-    """What matrix is a view of, and whether it is the transpose."""
+    """What matrix is a view of, and whether it is the transpose; the batch it may have left out."""
     odd = False
-    while _transposes(matrix):
-        matrix, odd = cast(fx.Node, matrix.args[0]), not odd
-    return matrix, odd
+    while True:
+        if _transposes(matrix):
+            matrix, odd = cast(fx.Node, matrix.args[0]), not odd
+        elif _repeats_matrix(matrix):
+            matrix = cast(fx.Node, matrix.args[0])
+        else:
+            return matrix, odd
 
 
 def _transposes(node: fx.Node) -> bool:
-    """Whether node is the transpose of a matrix."""
+    """Whether node is the transpose of a matrix, or of each matrix of a batch."""
     if node.target is aten.permute.default:
-        return list(cast(Any, node.args[1])) == [1, 0]
+        return list(cast(Any, node.args[1])) in ([1, 0], [0, 2, 1])
     if node.target is aten.transpose.int:
-        return node.meta["val"].dim() == 2 and bool(node.args[1] != node.args[2])
+        dims = node.meta["val"].dim()
+        swapped = {dim % dims for dim in cast(Any, node.args[1:])}
+        return swapped == {dims - 2, dims - 1}
     return node.target is aten.t.default and node.meta["val"].dim() == 2
+
+
+def _repeats_matrix(node: fx.Node) -> bool:
+    """Whether node is one matrix for all of a batch, or a view of that."""
+    expanded = cast(fx.Node, node.args[0]) if node.target in _VIEWS else node
+    if expanded.target is not aten.expand.default:
+        return False
+    return bool(cast(fx.Node, expanded.args[0]).meta["val"].dim() == 2)
 
 
 def _is_pruned(grad_output: fx.Node) -> bool:
