@@ -301,6 +301,14 @@ def test_a_module_called_twice_has_two_layers():
     assert len(prunes(gm)) == 2
 
 
+def test_layers_without_a_backward_are_no_layers():
+    """Frozen ones before the first that is trained; in the graph they differ in nothing else."""
+    frozen = [nn.Linear(8, 8, bias=False).requires_grad_(False) for _ in range(3)]
+    model = nn.Sequential(*frozen, nn.Linear(8, 8), nn.Linear(8, 8))
+    decisions, _ = decide(model, torch.randn(3, 8), targets="linear")
+    assert decisions == [("4", "linear", ""), ("3", "linear", the_pass.NO_INPUT_GRADIENT)]
+
+
 @pytest.mark.parametrize("prune", ["random", "mvue"])
 def test_stochastic_functions_have_a_seed_for_each_layer(prune):
     x = torch.randn(3, 5, 8)

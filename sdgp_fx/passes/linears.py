@@ -67,7 +67,8 @@ def find_linears(graph: fx.Graph) -> list[Layer]:
             weight = cast(fx.Node, forward.args[-1])
             if not _is_linear(forward) or _untransposed(weight)[0].meta["val"].dim() != 2:
                 continue
-            related = [node for node in products[forward.meta.get("seq_nr")] if node is not forward]
+            # Of the backward: layers before the first that has one may share a sequence number.
+            related = [n for n in products[forward.meta.get("seq_nr")] if not _is_linear(n)]
             found = {node: _input_grad(node, weight) for node in (*related, *of_transforms)}
             input_grads = {node: layer for node, layer in found.items() if layer is not None}
             layers |= input_grads or {node: _without_input_grad(node, forward) for node in related}
