@@ -12,6 +12,12 @@ PRUNING_FUNCTIONS = ("random", "magnitude", "rescaled_magnitude", "mvue")
 RESCALE_SCOPES = ("group", "feature_map", "channel")
 TARGETS = ("conv", "linear", "conv,linear")
 INNER_COMPILERS = ("inductor", "aot_eager")
+_CHOICES = {
+    "prune": PRUNING_FUNCTIONS,
+    "rescale": RESCALE_SCOPES,
+    "targets": TARGETS,
+    "inner": INNER_COMPILERS,
+}
 MAX_M = 32
 
 _PREFIX = "sdgp."
@@ -24,18 +30,18 @@ def check_pattern(n: Any, m: Any, prefix: str = "") -> None:
     """
     for name, value in (("n", n), ("m", m)):
         if not isinstance(value, int) or isinstance(value, bool):
-            raise ValueError(f"{prefix}{name}: expected an int, got {value!r}")
+            raise ValueError(f"{prefix}{name}: expected an int, got {_shown(value)}")
     if not 1 <= m <= MAX_M or m & (m - 1):
-        raise ValueError(f"{prefix}m: expected a power of two from 1 to {MAX_M}, got {m}")
+        raise ValueError(f"{prefix}m: expected a power of two from 1 to {MAX_M}, got {_shown(m)}")
     if not 1 <= n <= m:
-        raise ValueError(f"{prefix}n: expected 1 <= n <= {prefix}m = {m}, got {n}")
+        raise ValueError(f"{prefix}n: expected 1 <= n <= {prefix}m = {m}, got {_shown(n)}")
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     """Raise ValueError unless value is one of choices. name: of the option, for the message."""
     if not isinstance(value, str) or value not in choices:
         listed = ", ".join(map(repr, choices))
-        raise ValueError(f"{name}: expected one of {listed}, got {value!r}")
+        raise ValueError(f"{name}: expected one of {listed}, got {_shown(value)}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,10 +73,11 @@ class SDGPConfig:
 
     def __post_init__(self) -> None:
         check_pattern(self.n, self.m, _PREFIX)
-        check_choice(f"{_PREFIX}prune", self.prune, PRUNING_FUNCTIONS)
-        check_choice(f"{_PREFIX}rescale", self.rescale, RESCALE_SCOPES)
-        check_choice(f"{_PREFIX}targets", self.targets, TARGETS)
-        check_choice(f"{_PREFIX}inner", self.inner, INNER_COMPILERS)
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            check_choice(f"{_PREFIX}{name}", value, choices)
+            # A plain str, as it is written into code: numpy's has another repr.
+            object.__setattr__(self, name, choices[choices.index(value)])
         for name in ("include", "exclude"):
             object.__setattr__(self, name, _globs(f"{_PREFIX}{name}", getattr(self, name)))
 
@@ -133,6 +140,14 @@ def _globs(name: str, value: Any) -> tuple[str, ...]:
     if not isinstance(value, (list, tuple)) or not all(isinstance(part, str) for part in value):
         raise ValueError(
             f"{name}: expected glob patterns, one string with commas or a list of strings, "
-            f"got {value!r}"
+            f"got {_shown(value)}"
         )
     return tuple(value)
+
+
+def _shown(value: Any) -> str:
+    """repr(value), or the default one where that fails, as it does for an int of 5000 digits."""
+    try:
+        return repr(value)
+    except Exception:
+        return object.__repr__(value)

@@ -1,5 +1,6 @@
 import dataclasses
 
+import numpy as np
 import pytest
 
 from sdgp_fx import SDGPConfig
@@ -38,6 +39,10 @@ def test_valid_patterns(n, m):
         ({"sdgp.m": 6}, "sdgp.m", "power of two", "got 6"),
         ({"sdgp.m": 64}, "sdgp.m", "power of two from 1 to 32", "got 64"),
         ({"sdgp.m": 0}, "sdgp.m", "power of two", "got 0"),
+        # An int of more than 4300 digits has no repr.
+        ({"sdgp.n": 10**5000}, "sdgp.n", "1 <= n <= sdgp.m = 4", "got <int object"),
+        ({"sdgp.m": 10**5000}, "sdgp.m", "power of two", "got <int object"),
+        ({"sdgp.n": [10**5000]}, "sdgp.n", "an int", "got <list object"),
         ({"sdgp.prune": "topk"}, "sdgp.prune", "'random', 'magnitude'", "got 'topk'"),
         ({"sdgp.prune": 3}, "sdgp.prune", "'mvue'", "got 3"),
         ({"sdgp.rescale": "layer"}, "sdgp.rescale", "'group', 'feature_map'", "got 'layer'"),
@@ -55,6 +60,19 @@ def test_errors_name_option_expectation_and_value(options, name, expected, got):
     assert message.startswith(f"{name}: ")
     assert expected in message
     assert got in message
+
+
+@pytest.mark.parametrize("inner", ["inductor", "aot_eager"])
+def test_strings_of_numpy_reach_generated_code_as_plain_ones(inner):
+    """Their repr, "np.str_('magnitude')", is no code."""
+    options = {
+        "sdgp.prune": np.str_("magnitude"),
+        "sdgp.rescale": np.str_("channel"),
+        "sdgp.targets": np.str_("conv"),
+        "sdgp.inner": np.str_(inner),
+    }
+    config, _ = SDGPConfig.from_options(options, environ={})
+    assert repr(config) == repr(SDGPConfig(prune="magnitude", rescale="channel", inner=inner))
 
 
 def test_other_options_are_handed_on():

@@ -16,7 +16,7 @@ class Layer:
 
     kind: "conv" or "linear".
     node: of the backward; it stands for the layer, and bears its name.
-    grad_output: shape (N, C_out, *spatial).
+    grad_output: shape (N, C_out, *spatial); of a linear layer (..., C_out).
     weight: its output channels lie in dimension 0; if transposed, in dimension 1.
     has_input_grad: whether the product is computed and used.
     is_pruned: whether its grad_output is pruned already.
@@ -32,6 +32,11 @@ class Layer:
     has_input_grad: bool
     is_pruned: bool
     feed: Callable[[fx.Node, fx.Node], None]
+
+    @property
+    def channels(self) -> Any:
+        """C_out, an int or symbolic."""
+        return self.grad_output.meta["val"].shape[1 if self.kind == "conv" else -1]
 
     def module(self, roots: Collection[str] = ()) -> str:
         """The layer's name from the innermost entry of the forward's module stack.

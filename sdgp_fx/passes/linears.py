@@ -8,6 +8,13 @@ AOTAutograd leaves of a layer, between reshapes:
 
     after      gx = mm(p, t(t(w)))               or t(mm(t(w), t(p)))
 
+Where w is frozen and the rows of x are no view of it, they are batched products, with w expanded:
+
+    forward    y  = bmm(x, expand(t(w)))
+    backward   gx = bmm(gO, transpose(expand(t(w))))
+
+    after      gx = bmm(p, transpose(expand(t(w))))
+
 The products of the backward have the sequence number of the forward's, and gx is the one with
 the weight. Where a transform of torch.func makes the gradient part of the forward they have not,
 but are known as its own. Attention multiplies matrices too: which product is a linear layer says
@@ -17,19 +24,20 @@ the function that Dynamo traced it from.
 from __future__ import annotations
 
 import functools
-import math
 from collections import defaultdict
 from typing import Any, cast
 
 import torch
 from torch import fx, nn
 from torch._functorch import eager_transforms
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..kernels.op import PRUNE_NM
 from .layers import Layer, compute
 
 aten = torch.ops.aten
 MM = aten.mm.default
+BMM = aten.bmm.default
 
 _VIEWS = (aten.view.default, aten._unsafe_view.default)
 
@@ -43,52 +51,67 @@ _MODULES = (nn.Linear, nn.MultiheadAttention)
 def find_linears(graph: fx.Graph) -> list[Layer]:
     """All linear layers with a gradient in a joint graph of ATen operators with `meta["val"]`.
 
-    The grad_output of a layer has shape (rows, out_features).
+    The grad_output of a layer has shape (rows, out_features), of a batched product
+    (batch, rows, out_features).
     """
     products = defaultdict(list)
     of_transforms = []
-    for node in graph.find_nodes(op="call_function", target=MM):
-        products[node.meta.get("seq_nr")].append(node)
-        if _source(node) is eager_transforms._autograd_grad:
-            of_transforms.append(node)
+    for target in (MM, BMM):
+        for node in graph.find_nodes(op="call_function", target=target):
+            products[node.meta.get("seq_nr")].append(node)
+            if _source(node) is eager_transforms._autograd_grad:
+                of_transforms.append(node)
     layers: dict[fx.Node, Layer] = {}
-    for target in (MM, aten.addmm.default):
+    for target in (MM, aten.addmm.default, BMM):
         for forward in graph.find_nodes(op="call_function", target=target):
-            if not _is_linear(forward):
-                continue
-            related = [node for node in products[forward.meta.get("seq_nr")] if node is not forward]
             weight = cast(fx.Node, forward.args[-1])
+            if not _is_linear(forward) or _untransposed(weight)[0].meta["val"].dim() != 2:
+                continue
+            # Of the backward: layers before the first that has one may share a sequence number.
+            related = [n for n in products[forward.meta.get("seq_nr")] if not _is_linear(n)]
             found = {node: _input_grad(node, weight) for node in (*related, *of_transforms)}
             input_grads = {node: layer for node, layer in found.items() if layer is not None}
             layers |= input_grads or {node: _without_input_grad(node, forward) for node in related}
     return list(layers.values())
 
 
-def positions_last(layer: Layer) -> fx.Node | None:
-    """The grad_output of a layer as a view of shape (N, out_features, positions).
+def is_batched(layer: Layer) -> bool:
+    return layer.node.target is BMM
 
-    N is the first dimension of what the layer returns in the model, and positions are the
-    product of those between. None if that isn't known, or the number of positions isn't.
+
+def features_second(layer: Layer) -> fx.Node | None:
+    """The grad_output of a layer as a view of shape (N, out_features, *positions).
+
+    N and positions are those of what the layer returns in the model. None if it has no positions.
     """
-    rows = layer.grad_output
-    source = rows.args[0] if rows.target in _VIEWS else rows
-    _, *positions, features = cast(fx.Node, source).meta["val"].shape
-    known = all(isinstance(size, int) for size in (*positions, features))
-    if not known or features != rows.meta["val"].shape[1]:
+    returned = _returned(layer.grad_output)
+    dims = returned.meta["val"].dim()
+    if dims < 3:
         return None
-    shape = [-1, math.prod(positions), features]
-    apart = compute(aten.view.default, (rows, shape), layer.node)
-    return compute(aten.permute.default, (apart, [0, 2, 1]), layer.node)
+    order = [0, dims - 1, *range(1, dims - 1)]
+    return compute(aten.permute.default, (returned, order), layer.node)
 
 
-def rows_of(gradient: fx.Node, layer: Layer) -> fx.Node:
-    """A gradient of shape (N, out_features, positions) as (rows, out_features)."""
-    rows = compute(aten.permute.default, (gradient, [0, 2, 1]), layer.node)
-    if not rows.meta["val"].is_contiguous():
-        rows = compute(
-            aten.clone.default, (rows,), layer.node, memory_format=torch.contiguous_format
-        )
-    return compute(aten.view.default, (rows, [-1, rows.meta["val"].shape[2]]), layer.node)
+def features_last(gradient: fx.Node, layer: Layer) -> fx.Node:
+    """A gradient of shape (N, out_features, *positions) in the form of the layer's grad_output."""
+    dims, form = gradient.meta["val"].dim(), layer.grad_output
+    result = compute(aten.permute.default, (gradient, [0, *range(2, dims), 1]), layer.node)
+    if form is _returned(form):
+        return result
+    if not result.meta["val"].is_contiguous():
+        memory_format = torch.contiguous_format
+        result = compute(aten.clone.default, (result,), layer.node, memory_format=memory_format)
+    return compute(aten.view.default, (result, form.args[1]), layer.node)
+
+
+def _returned(grad_output: fx.Node) -> fx.Node:
+    """The gradient of what the layer returns, if grad_output is a view of that; else itself."""
+    if grad_output.target not in _VIEWS:
+        return grad_output
+    source = cast(fx.Node, grad_output.args[0])
+    shape, features = source.meta["val"].shape, grad_output.meta["val"].shape[-1]
+    is_whole = len(shape) > 2 and statically_known_true(shape[-1] == features)
+    return source if is_whole else grad_output
 
 
 def _is_linear(forward: fx.Node) -> bool:
@@ -115,7 +138,11 @@ def _input_grad(node: fx.Node, transposed_weight: fx.Node) -> Layer | None:
     # A weight that took factors is another node than the forward's.
     if _is_pruned(left) or (base_right is base and odd_right != odd):
         grad_output, weight, feed = left, right, _feed
-    elif _transposes(right) and (_is_pruned(right) or (base_left is base and odd_left == odd)):
+    elif (
+        node.target is MM
+        and _transposes(right)
+        and (_is_pruned(right) or (base_left is base and odd_left == odd))
+    ):
         grad_output, weight, feed = cast(fx.Node, right.args[0]), left, _feed_transposed
     else:
         return None
@@ -156,20 +183,34 @@ def _feed_transposed(node: fx.Node, grad_output: fx.Node, weight: fx.Node) -> No
 
 
 def _untransposed(matrix: fx.Node) -> tuple[fx.Node, bool]:
-    """What matrix is a view of, and whether it is the transpose."""
+    """What matrix is a view of, and whether it is the transpose; the batch it may have left out."""
     odd = False
-    while _transposes(matrix):
-        matrix, odd = cast(fx.Node, matrix.args[0]), not odd
-    return matrix, odd
+    while True:
+        if _transposes(matrix):
+            matrix, odd = cast(fx.Node, matrix.args[0]), not odd
+        elif _repeats_matrix(matrix):
+            matrix = cast(fx.Node, matrix.args[0])
+        else:
+            return matrix, odd
 
 
 def _transposes(node: fx.Node) -> bool:
-    """Whether node is the transpose of a matrix."""
+    """Whether node is the transpose of a matrix, or of each matrix of a batch."""
     if node.target is aten.permute.default:
-        return list(cast(Any, node.args[1])) == [1, 0]
+        return list(cast(Any, node.args[1])) in ([1, 0], [0, 2, 1])
     if node.target is aten.transpose.int:
-        return node.meta["val"].dim() == 2 and bool(node.args[1] != node.args[2])
+        dims = node.meta["val"].dim()
+        swapped = {dim % dims for dim in cast(Any, node.args[1:])}
+        return swapped == {dims - 2, dims - 1}
     return node.target is aten.t.default and node.meta["val"].dim() == 2
+
+
+def _repeats_matrix(node: fx.Node) -> bool:
+    """Whether node is one matrix for all of a batch, or a view of that."""
+    expanded = cast(fx.Node, node.args[0]) if node.target in _VIEWS else node
+    if expanded.target is not aten.expand.default:
+        return False
+    return bool(cast(fx.Node, expanded.args[0]).meta["val"].dim() == 2)
 
 
 def _is_pruned(grad_output: fx.Node) -> bool:

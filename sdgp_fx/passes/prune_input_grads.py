@@ -51,8 +51,8 @@ class Decision:
         without a module of its own, "" for the compiled module itself. A module that is
         registered under several names may go by any of them.
     kind: "conv" or "linear".
-    grad_output: shape (N, C_out, *spatial), of a linear layer (rows, out_features); a symbolic
-        size is its symbol's name.
+    grad_output: shape (N, C_out, *spatial), of a linear layer (rows, out_features), or
+        (batch, rows, out_features); a symbolic size is its symbol's name.
     weight: shape (C_out, C_in / groups, *kernel), or (C_in, C_out / groups, *kernel) if
         transposed. As it is multiplied with: that of a linear layer may be either.
     reason: why the layer stays dense; "" if it is pruned.
@@ -108,7 +108,6 @@ def _reason_dense(layer: Layer, module: str, config: SDGPConfig) -> str:
     if layer.is_pruned:
         return ""
     grad_output = layer.grad_output.meta["val"]
-    channels = grad_output.shape[1]
     if not layer.has_input_grad:
         return NO_INPUT_GRADIENT
     if config.n == config.m:
@@ -117,9 +116,9 @@ def _reason_dense(layer: Layer, module: str, config: SDGPConfig) -> str:
         return EXCLUDED
     if not op.supports_dtype(grad_output.dtype, grad_output.device):
         return DTYPE
-    if layer.kind == "conv" and statically_known_true(channels == layer.groups):
+    if layer.kind == "conv" and statically_known_true(layer.channels == layer.groups):
         return DEPTHWISE
-    if not statically_known_true(channels % (layer.groups * config.m) == 0):
+    if not statically_known_true(layer.channels % (layer.groups * config.m) == 0):
         return NOT_A_MULTIPLE
     return ""
 
@@ -129,9 +128,7 @@ def _rewrite(layer: Layer, seed: fx.Node | None, config: SDGPConfig) -> None:
     grad_output, prune, weight = layer.grad_output, config.prune, layer.weight
     if _folds_factor(layer, config):
         prune, weight = "magnitude", _scaled_weight(layer, config)
-    # Only this scope knows positions from samples, which are all rows of a linear layer's.
-    by_position = prune == "rescaled_magnitude" and config.rescale == "feature_map"
-    apart = linears.positions_last(layer) if by_position and layer.kind == "linear" else None
+    apart = linears.features_second(layer) if _needs_own_form(layer, config) else None
     if apart is not None:
         grad_output = apart
     pruned = add_call(
@@ -140,7 +137,17 @@ def _rewrite(layer: Layer, seed: fx.Node | None, config: SDGPConfig) -> None:
         torch.empty_like(grad_output.meta["val"]),
         layer.node,
     )
-    layer.feed(linears.rows_of(pruned, layer) if apart is not None else pruned, weight)
+    layer.feed(linears.features_last(pruned, layer) if apart is not None else pruned, weight)
+
+
+def _needs_own_form(layer: Layer, config: SDGPConfig) -> bool:
+    """Whether a layer can't be pruned in the rows that it is multiplied as.
+
+    Only scope "feature_map" tells positions from samples, both of which are rows. Of a batch of
+    products, features are the last of three dimensions.
+    """
+    by_position = config.prune == "rescaled_magnitude" and config.rescale == "feature_map"
+    return layer.kind == "linear" and (by_position or linears.is_batched(layer))
 
 
 def _folds_factor(layer: Layer, config: SDGPConfig) -> bool:
@@ -155,6 +162,7 @@ def _folds_factor(layer: Layer, config: SDGPConfig) -> bool:
         and config.rescale == "channel"
         and layer.grad_output.meta["val"].dtype in (torch.float32, torch.bfloat16)
         and not (layer.transposed and layer.groups > 1)
+        and not (layer.kind == "linear" and linears.is_batched(layer))
     )
 
 
@@ -198,12 +206,12 @@ def _draw_seeds(layers: list[Layer]) -> dict[fx.Node, fx.Node]:
 
 
 def _decide(layer: Layer, module: str, config: SDGPConfig) -> Decision:
-    reason = _reason_dense(layer, module, config)
+    reason, weight = _reason_dense(layer, module, config), _shape(layer.weight)
     return Decision(
         module=module,
         kind=layer.kind,
         grad_output=_shape(layer.grad_output),
-        weight=_shape(layer.weight),
+        weight=weight[-2:] if layer.kind == "linear" else weight,
         groups=layer.groups,
         transposed=layer.transposed,
         pruned=not reason,
