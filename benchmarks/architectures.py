@@ -110,16 +110,16 @@ def list_architectures() -> list[Architecture]:
 def describe(architecture: Architecture) -> tuple[int, str]:
     """The number of a network's parameters, and a digest of its structure.
 
-    Where the digests are equal, so are the networks for the smallest images, but for what they
-    are called and the values of their parameters.
+    Where the digests are equal, so are the networks for small images, but for what they are called
+    and the values of their parameters.
     """
     with _Uninitialized():
-        parameters = sum(parameter.numel() for parameter in architecture.build().parameters())
         try:
             network = architecture.build(SIZES[0])
         except Exception:  # It can't be built for images that small, whatever the error.
             network = architecture.build()
-    return parameters, hashlib.sha256(repr(list(_structure(network))).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(repr(list(_structure(network))).encode()).hexdigest()[:16]
+    return sum(parameter.numel() for parameter in network.parameters()), digest
 
 
 def _structure(network: nn.Module) -> Iterator[Any]:

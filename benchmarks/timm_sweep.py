@@ -182,7 +182,8 @@ def _compare(network: nn.Module, decisions: Iterable[Decision]) -> Row:
 
 
 def _describe(stage: str, error: Exception) -> str:
-    """The class of an error and the first line of what it says."""
+    """The class of an error, or of the one that Dynamo wraps, and the first line of what it says."""
+    error = getattr(error, "inner_exception", error)
     line = next((line for line in str(error).splitlines() if line.strip()), "")
     return f"{stage}: {type(error).__name__}: {line[:200]}"
 
@@ -250,6 +251,8 @@ def sweep(
             described = {a.full_name: (0, a.full_name) for a in chunk}
         results.networks |= described
         results.save()
+    if any(a.full_name not in results.networks for a in architectures):
+        return  # No time is left.
 
     first: dict[str, str] = {}
     todo = []
