@@ -51,13 +51,14 @@ _LIFETIME = 25  # Networks that a process examines; a new one compiles the first
 
 @dataclasses.dataclass
 class Results:
-    """What is known of each network by its full name, written to path whenever some is added.
+    """What is known of networks by their full names, written to path whenever some is added.
 
-    networks: how many parameters each has, and a digest of its structure.
+    networks: each one's family, how many parameters it has, and a digest of its structure.
+    rows: of one network of each structure.
     """
 
     path: Path
-    networks: dict[str, tuple[int, str]] = dataclasses.field(default_factory=dict)
+    networks: dict[str, tuple[str, int, str]] = dataclasses.field(default_factory=dict)
     rows: dict[str, Row] = dataclasses.field(default_factory=dict)
 
     @classmethod
@@ -70,6 +71,11 @@ class Results:
             return cls(path, saved["networks"], {row["model"]: row for row in saved["rows"]})
         except (ValueError, LookupError, TypeError):
             raise ValueError(f"--out: expected results of timm_sweep, got {path}") from None
+
+    @property
+    def examined(self) -> dict[str, Row]:
+        """The row for each structure."""
+        return {self.networks[name][-1]: row for name, row in self.rows.items()}
 
     def save(self) -> None:
         """Write the file, a line for each network."""
@@ -108,7 +114,6 @@ def examine(architecture: Architecture) -> Row:
     start = time.process_time()
     row: Row = {
         "model": architecture.full_name,
-        "family": architecture.family,
         "parameters": None,
         "size": None,
         "fake": None,
@@ -182,32 +187,33 @@ def _compare(network: nn.Module, decisions: Iterable[Decision]) -> Row:
 
 
 def _describe(stage: str, error: Exception) -> str:
-    """The class of an error, or of the one that Dynamo wraps, and the first line of what it says."""
+    """The class of an error, or of what Dynamo wraps, and the first line of what it says."""
     error = getattr(error, "inner_exception", error)
     line = next((line for line in str(error).splitlines() if line.strip()), "")
     return f"{stage}: {type(error).__name__}: {line[:200]}"
 
 
-def describe_all(architectures: Sequence[Architecture]) -> dict[str, tuple[int, str]]:
-    """Parameters and structure of networks by full name; no structure if it can't be built."""
-    described = {}
+def describe_all(architectures: Sequence[Architecture]) -> list[tuple[int, str]]:
+    """Parameters and structure of networks; no parameters if it can't be built."""
+    described = []
     for architecture in architectures:
         try:
-            described[architecture.full_name] = describe(architecture)
+            described.append(describe(architecture))
         except Exception:
-            described[architecture.full_name] = 0, architecture.full_name
+            described.append((0, architecture.full_name))
     return described
 
 
-def ordered(
-    architectures: Sequence[Architecture], networks: dict[str, tuple[int, str]]
-) -> list[Architecture]:
-    """The smallest of each family, then all others, each by size."""
-    by_size = sorted(architectures, key=lambda a: (networks[a.full_name][0], a.full_name))
+def ordered(architectures: Sequence[Architecture], results: Results) -> list[Architecture]:
+    """The smallest of each family, then all others, each by size; one of each structure."""
+    by_size = sorted(architectures, key=lambda a: (results.networks[a.full_name][1], a.full_name))
+    structures: dict[str, Architecture] = {}
+    for architecture in by_size:
+        structures.setdefault(results.networks[architecture.full_name][-1], architecture)
     families: set[tuple[str, str]] = set()
     firsts: list[Architecture] = []
     others: list[Architecture] = []
-    for architecture in by_size:
+    for architecture in structures.values():
         family = architecture.library, architecture.family
         (others if family in families else firsts).append(architecture)
         families.add(family)
@@ -248,32 +254,29 @@ def sweep(
     chunks = [tuple(unknown[i : i + _CHUNK]) for i in range(0, len(unknown), _CHUNK)]
     for chunk, described in run(describe_all, chunks, lambda chunk: f"{chunk[0].full_name} ..."):
         if isinstance(described, Exception):
-            described = {a.full_name: (0, a.full_name) for a in chunk}
-        results.networks |= described
+            described = [(0, a.full_name) for a in chunk]
+        for architecture, description in zip(chunk, described, strict=True):
+            results.networks[architecture.full_name] = (architecture.family, *description)
         results.save()
     if any(a.full_name not in results.networks for a in architectures):
         return  # No time is left.
 
-    first: dict[str, str] = {}
-    todo = []
-    for architecture in ordered(architectures, results.networks):
-        name = architecture.full_name
-        twin = first.setdefault(results.networks[name][1], name)
-        if name not in results.rows and twin == name:
-            todo.append(architecture)
-        elif name not in results.rows:
-            row = {"model": name, "family": architecture.family, "error": None, "same_as": twin}
-            results.rows[name] = row | {"with": made_with}
+    examined = results.examined
+    todo = [
+        architecture
+        for architecture in ordered(architectures, results)
+        if results.networks[architecture.full_name][-1] not in examined
+    ]
     for architecture, row in run(examine, todo, lambda a: a.full_name):
         if isinstance(row, Exception):
             error = _describe("process", row)
-            row = {"model": architecture.full_name, "family": architecture.family, "error": error}
+            row = {"model": architecture.full_name, "error": error, "stock": None}
         results.rows[architecture.full_name] = row | {"with": made_with}
         results.save()
 
     rows = results.rows
     todo = [a for a in architectures if a.full_name in rows]
-    todo = [a for a in todo if rows[a.full_name]["error"] and not rows[a.full_name].get("stock")]
+    todo = [a for a in todo if rows[a.full_name]["error"] and not rows[a.full_name]["stock"]]
     for architecture, stock in run(examine_stock, todo, lambda a: f"stock {a.full_name}"):
         if isinstance(stock, Exception):
             stock = _describe("process", stock)
@@ -281,15 +284,17 @@ def sweep(
         results.save()
 
 
-def headline(rows: Iterable[Row]) -> list[str]:
-    """How many compile, and each that doesn't or that is not as it must be."""
-    rows = list(rows)
-    failed = [row for row in rows if row["error"]]
-    lines = [f"{row['model']}: {row['error']} (stock: {row.get('stock')})" for row in failed]
-    lines += [
-        f"{row['model']}: {violation}" for row in rows for violation in row.get("violations", ())
-    ]
-    return [*lines, f"{len(rows) - len(failed)} of {len(rows)} networks compile"]
+def headline(results: Results) -> list[str]:
+    """How many networks compile, and each structure that doesn't or is not as it must be."""
+    lines = []
+    for row in results.rows.values():
+        if row["error"]:
+            lines.append(f"{row['model']}: {row['error']} (stock: {row['stock']})")
+        lines += [f"{row['model']}: {violation}" for violation in row.get("violations", ())]
+    examined = results.examined
+    rows = [examined[digest] for *_, digest in results.networks.values() if digest in examined]
+    compiled = sum(not row["error"] for row in rows)
+    return [*lines, f"{compiled} of {len(rows)} networks compile, of {len(results.networks)}"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -326,7 +331,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     finally:
-        print("\n".join(headline(results.rows.values())))
+        print("\n".join(headline(results)))
     return 0
 
 
