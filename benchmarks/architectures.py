@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
+from unittest import mock
 
 import timm
 import torch
@@ -209,6 +210,16 @@ class _Uninitialized(TorchDispatchMode):
 
     Small tensors are computed: networks ask for values of some while they are built.
     """
+
+    def __enter__(self) -> Any:
+        # This one draws until the values are right (private; checked on torch 2.11 to 2.15).
+        self._patch = mock.patch.object(nn.init, "_no_grad_trunc_normal_", lambda x, *_, **__: x)
+        self._patch.start()
+        return super().__enter__()
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)
+        self._patch.stop()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         in_place = func._schema.name.endswith("_") and isinstance(args[0], torch.Tensor)
