@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import hashlib
 import inspect
 import re
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from unittest import mock
 
@@ -16,12 +16,7 @@ import timm
 import torch
 import torchvision
 from torch import nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeCopyMode,
-    FakeTensorMode,
-)
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -90,7 +85,7 @@ class Example:
 
     network: nn.Module
     inputs: tuple[Any, ...]
-    context: Callable[[], AbstractContextManager[Any]]
+    context: Callable[[], contextlib.AbstractContextManager[Any]]
     size: int
     fake: bool
 
@@ -137,28 +132,17 @@ def _structure(network: nn.Module) -> Iterator[Any]:
                 yield key, tensor.shape, tensor.dtype, tensor.requires_grad
 
 
-def find_example(architecture: Architecture) -> Example:
+def find_example(architecture: Architecture, fake: bool) -> Example:
     """The network with the smallest images of those tried that it takes.
 
-    With fake tensors, or real ones if the network looks at values. Raises what the network raises
-    for images of its own size, if it takes none.
+    Raises what the network raises for images of its own size, if it takes none.
     """
-    sizes = architecture.sizes()
+    make = _fake_example if fake else _real_example
+    *sizes, own = architecture.sizes()
     for size in sizes:
-        try:
-            return _fake_example(architecture, size)
-        except (DataDependentOutputException, DynamicOutputShapeException):
-            break
-        except Exception:  # Networks refuse a size with whatever error they happen to meet.
-            if size == sizes[-1]:
-                raise
-    for size in sizes:
-        try:
-            return _real_example(architecture, size)
-        except Exception:
-            if size == sizes[-1]:
-                raise
-    raise AssertionError("unreachable")
+        with contextlib.suppress(Exception):  # Whatever a network meets in images it can't take.
+            return make(architecture, size)
+    return make(architecture, own)
 
 
 def loss(output: Any) -> torch.Tensor:
@@ -183,7 +167,7 @@ def _fake_example(architecture: Architecture, size: int) -> Example:
 def _real_example(architecture: Architecture, size: int) -> Example:
     network, inputs = architecture.build(size), architecture.inputs(size)
     network(*inputs)
-    return Example(network, inputs, nullcontext, size, fake=False)
+    return Example(network, inputs, contextlib.nullcontext, size, fake=False)
 
 
 def _build_timm(name: str, size: int | None) -> nn.Module:

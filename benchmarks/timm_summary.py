@@ -51,8 +51,8 @@ def _totals(results: Results, networks: Sequence[Row | None]) -> list[str]:
         f"{len(results.rows)} of different structure: a training step, compiled by sdgp with "
         "aot_eager inside, n:m = 2:4, targets conv and linear.",
         "",
-        f"- {len(compiled)} compile, {breaks} of these with graph breaks; {len(rows) - len(compiled)} "
-        f"fail, of which stock aot_eager compiles {len(stock)}.",
+        f"- {len(compiled)} compile, {breaks} of these with graph breaks; "
+        f"{len(rows) - len(compiled)} fail, of which stock aot_eager compiles {len(stock)}.",
         f"- {wrong} have a joint graph that was changed in any other way than by prunes of input "
         "gradients.",
         f"- Of {gradients} gradients {identical} have no pruned layer downstream, and are computed "
@@ -80,7 +80,6 @@ def _failures(results: Results) -> list[str]:
 
 
 def _families(by_family: dict[str, list[Row | None]]) -> list[str]:
-    reasons = (f"{kind}: {reason}" for reason in _REASONS for kind in _KINDS)
     lines = [
         "Layers are convolutions + linear layers.",
         "",
@@ -122,9 +121,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("file", type=Path, metavar="FILE", help="results of timm_sweep")
     path = parser.parse_args(argv).file
     try:
-        print(summary(Results.load(path)))
+        results = Results.load(path)
+        if not results.rows:
+            raise ValueError(f"expected results of timm_sweep, got {path}")
     except ValueError as error:
         parser.error(str(error))
+    print(summary(results))
     return 0
 
 

@@ -45,6 +45,7 @@ from .terminal import progress
 CONFIG = SDGPConfig(targets="conv,linear", inner="aot_eager")
 
 _LAYERS: dict[str, Any] = {"conv": nn.modules.conv._ConvNd, "linear": nn.Linear}
+_COMPILES = "compiles"
 _CHUNK = 40  # Networks that are described by one call.
 _LIFETIME = 25  # Networks that a process examines; a new one compiles the first slowly.
 
@@ -70,7 +71,7 @@ class Results:
             saved = json.loads(path.read_text())
             return cls(path, saved["networks"], {row["model"]: row for row in saved["rows"]})
         except (ValueError, LookupError, TypeError):
-            raise ValueError(f"--out: expected results of timm_sweep, got {path}") from None
+            raise ValueError(f"expected results of timm_sweep, got {path}") from None
 
     @property
     def examined(self) -> dict[str, Row]:
@@ -107,32 +108,40 @@ class _Counts:
 
 
 def examine(architecture: Architecture) -> Row:
-    """A row: what sdgp does to a network; where it fails, what stock aot_eager does."""
-    torch.set_num_threads(1)
-    torch._dynamo.reset()
-    counters.clear()
+    """A row: what sdgp does to a network; where it fails, what stock aot_eager does.
+
+    Without values, and with values where stock fails without: some networks look at them.
+    """
     start = time.process_time()
+    row = _examine(architecture, fake=True)
+    if row["stock"] not in (None, _COMPILES):
+        row = _examine(architecture, fake=False)
+    return row | {"seconds": round(time.process_time() - start, 1)}
+
+
+def _examine(architecture: Architecture, fake: bool) -> Row:
+    _start_afresh()
     row: Row = {
         "model": architecture.full_name,
         "parameters": None,
         "size": None,
-        "fake": None,
+        "fake": fake,
         "error": None,
         "stock": None,
     }
     try:
-        example = find_example(architecture)
+        example = find_example(architecture, fake)
     except Exception as error:
         return row | {"error": _describe("eager", error), "stock": "not tried"}
     network = example.network
     row["parameters"] = sum(parameter.numel() for parameter in network.parameters())
-    row |= {"size": example.size, "fake": example.fake}
+    row["size"] = example.size
     counts = _Counts()
     try:
         train(example, aot_eager(counts.rewrite))
     except Exception as error:
         row["error"] = _describe("sdgp", error)
-        row["stock"] = examine_stock(architecture)
+        row["stock"] = _examine_stock(architecture, fake)
     kinds = Counter(decision.kind for decision in counts.decisions)
     pruned = Counter(decision.kind for decision in counts.decisions if decision.pruned)
     dense = Counter(f"{d.kind}: {d.reason}" for d in counts.decisions if not d.pruned)
@@ -146,19 +155,28 @@ def examine(architecture: Architecture) -> Row:
         "gradients": counts.gradients,
         "identical": counts.identical,
         "violations": counts.violations[:3],
-        "seconds": round(time.process_time() - start, 1),
     }
 
 
 def examine_stock(architecture: Architecture) -> str:
-    """ "compiles", or how stock aot_eager fails."""
-    torch.set_num_threads(1)
-    torch._dynamo.reset()
+    """That stock aot_eager compiles a network, or how it fails, as in a row."""
+    stock = _examine_stock(architecture, fake=True)
+    return stock if stock == _COMPILES else _examine_stock(architecture, fake=False)
+
+
+def _examine_stock(architecture: Architecture, fake: bool) -> str:
+    _start_afresh()
     try:
-        train(find_example(architecture), "aot_eager")
+        train(find_example(architecture, fake), "aot_eager")
     except Exception as error:
         return _describe("stock", error)
-    return "compiles"
+    return _COMPILES
+
+
+def _start_afresh() -> None:
+    torch.set_num_threads(1)
+    torch._dynamo.reset()
+    counters.clear()
 
 
 def train(example: Example, backend: Any) -> None:

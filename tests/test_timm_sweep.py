@@ -10,7 +10,7 @@ from torch import nn
 pytest.importorskip("timm", reason="needs timm")
 pytest.importorskip("torchvision", reason="needs torchvision")
 
-from benchmarks import timm_sweep
+from benchmarks import timm_summary, timm_sweep
 from benchmarks.architectures import Architecture, Example, describe, find_example
 from sdgp_fx.kernels.op import PRUNE_NM
 from sdgp_fx.passes.convolutions import CONVOLUTION_BACKWARD
@@ -33,7 +33,7 @@ def small(monkeypatch):
     """A row for Network, whatever architecture is examined."""
     network = Network()
     example = Example(network, (torch.randn(2, 3, 8, 8),), nullcontext, 8, fake=False)
-    monkeypatch.setattr(timm_sweep, "find_example", lambda _: example)
+    monkeypatch.setattr(timm_sweep, "find_example", lambda *_: example)
     return lambda: timm_sweep.examine(Architecture("timm", "small", "none"))
 
 
@@ -93,7 +93,7 @@ def test_what_stock_does_where_it_fails_too(small, monkeypatch):
     ],
 )
 def test_smallest_images_that_a_network_takes(name, size):
-    example = find_example(Architecture("timm", name, ""))
+    example = find_example(Architecture("timm", name, ""), fake=True)
     assert (example.size, example.fake) == (size, True)
     assert example.network.training
 
@@ -101,16 +101,19 @@ def test_smallest_images_that_a_network_takes(name, size):
 def test_a_network_that_takes_no_image_raises_what_it_raises(monkeypatch):
     monkeypatch.setattr(Architecture, "build", lambda self, size=None: nn.Linear(5, 5))
     with pytest.raises(RuntimeError, match="5"):
-        find_example(Architecture("timm", "test_resnet", ""))
+        find_example(Architecture("timm", "test_resnet", ""), fake=True)
 
 
 def test_a_network_that_looks_at_values_gets_some(monkeypatch):
-    class Looks(nn.Module):
+    class Looks(Network):
         def forward(self, x):
-            return x * x.mean().item()
+            return super().forward(x * x.mean().item())
 
     monkeypatch.setattr(Architecture, "build", lambda self, size=None: Looks())
-    assert not find_example(Architecture("timm", "test_resnet", "")).fake
+    row = timm_sweep.examine(Architecture("timm", "test_resnet", ""))
+    assert (row["fake"], row["error"], row["stock"]) == (False, None, None)
+    assert row["breaks"] == 1
+    assert row["pruned"] == {"conv": 1, "linear": 1}
 
 
 def test_structures_are_equal_where_networks_are():
@@ -257,7 +260,7 @@ def test_in_processes_of_their_own(out, capfd):
         (["--only", "none"], "--only: expected a glob that fits a network"),
         (["--jobs", "0"], "--jobs"),
         (["--out", "/nowhere/x"], "--out: expected a file in a folder that exists"),
-        (["--out", "{out.parent}/other.json"], "--out: expected results of timm_sweep"),
+        (["--out", "{out.parent}/other.json"], "expected results of timm_sweep"),
     ],
 )
 def test_errors_are_of_one_line(capsys, out, options, message):
@@ -267,3 +270,47 @@ def test_errors_are_of_one_line(capsys, out, options, message):
     assert error.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
+
+
+def test_summary(out, capsys):
+    """A network of the same structure as one examined counts like it; one that isn't, does not."""
+    row = {
+        "model": "a",
+        "error": None,
+        "stock": None,
+        "fake": True,
+        "layers": {"conv": 5, "linear": 1},
+        "pruned": {"conv": 3, "linear": 1},
+        "dense": {"conv: no input gradient": 2},
+        "modules": {"conv": 4, "linear": 1},
+        "graphs": 1,
+        "breaks": 0,
+        "gradients": 12,
+        "identical": 2,
+        "violations": [],
+        "with": "torch 2",
+    }
+    failed = {"model": "c", "error": "sdgp: RuntimeError: a | b", "stock": "compiles"}
+    networks = {
+        "a": ("family", 1, "x"),
+        "b": ("family", 1, "x"),
+        "c": ("family", 1, "y"),
+        "torchvision/d": ("family", 1, "z"),
+    }
+    timm_sweep.Results(out, networks, {"a": row, "c": failed | {"with": "torch 2"}}).save()
+    assert timm_summary.main([str(out)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].startswith("4 networks, 3 of them examined, by 2 of different structure")
+    assert "- 2 compile, 0 of these with graph breaks; 1 fail, of which stock" in lines[4]
+    assert lines[4].endswith("compiles 1.")
+    assert "- Of 24 gradients 4 have no pruned layer downstream" in lines[6]
+    assert "- 10 convolutions found of 8 modules with a gradient, 6 pruned" in lines[7]
+    assert "| c | sdgp: RuntimeError: a \\| b | compiles |" in lines
+    assert "| family | 3 | 3 | 2 | 10 + 2 | 6 + 2 | 4 + 0 | 0 + 0 | 0 + 0 |" in lines
+    assert "| torchvision/family | 1 | 0 | 0 | 0 + 0 | 0 + 0 | 0 + 0 | 0 + 0 | 0 + 0 |" in lines
+
+
+def test_summary_of_no_results(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        timm_summary.main([str(tmp_path / "none.json")])
+    assert "expected results of timm_sweep" in capsys.readouterr().err
