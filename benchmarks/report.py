@@ -16,7 +16,7 @@ import torch
 
 Row = dict[str, Any]
 
-_ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[1]
 
 
 @dataclasses.dataclass
@@ -39,8 +39,13 @@ class Report:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a file that is never there in part, whatever interrupts this."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file that is never there in part, whatever interrupts this."""
     unfinished = path.with_name(f"{path.name}.part")
-    unfinished.write_text(json.dumps(value, indent=1) + "\n")
+    unfinished.write_text(text)
     os.replace(unfinished, path)
 
 
@@ -57,7 +62,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "triton": _triton(),
         "python": platform.python_version(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit(_ROOT),
+        "commit": commit(ROOT),
     }
 
 

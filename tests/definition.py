@@ -35,17 +35,20 @@ class PrunedConv2d(torch.autograd.Function):
 
 
 class PrunedLinear(torch.autograd.Function):
-    """The input gradient of the pruned gradient, all else dense. Of rows."""
+    """The input gradient of the pruned gradient, all else dense."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias):
+    def forward(ctx, x, weight, bias=None):
         ctx.save_for_backward(x, weight)
+        ctx.has_bias = bias is not None
         return F.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx, dense):
         x, weight = ctx.saved_tensors
-        return prune(dense, 1) @ weight, dense.T @ x, dense.sum(0)
+        rows = dense.flatten(0, -2)
+        gx = (prune(rows, 1) @ weight).reshape(x.shape)
+        return gx, rows.T @ x.flatten(0, -2), rows.sum(0) if ctx.has_bias else None
 
 
 class EagerSDGP(TorchFunctionMode):
