@@ -47,7 +47,9 @@ PRIVATE = {
         "torch._inductor.ops_handler": "DefaultHandler",
         "torch._inductor.runtime.hints.ReductionHint": "OUTER_TINY",
         "torch._inductor.virtualized.V": "current_node set_ops_handler",
-        "torch._inductor.virtualized.V.graph": "name_to_users register_buffer register_operation",
+        "torch._inductor.virtualized.V.graph": (
+            "additional_buffer_deps env name_to_users register_buffer register_operation"
+        ),
         "torch._inductor.virtualized.V.graph.no_fuse_buffer_names": "add",
         "torch._inductor.virtualized.V.graph.sizevars": "shape_env statically_known_equals",
         "torch._inductor.virtualized.ops": (
@@ -60,6 +62,12 @@ PRIVATE = {
     "sdgp_fx/passes/linears.py": {
         "torch._C._nn": "linear",
         "torch._functorch.eager_transforms": "_autograd_grad",
+    },
+    "benchmarks/architectures.py": {
+        "torch._subclasses.fake_tensor": "FakeCopyMode FakeTensorMode",
+        "torch.nn.init": "_no_grad_trunc_normal_",
+        "torch.utils._python_dispatch": "TorchDispatchMode",
+        "torch.utils._pytree": "tree_leaves",
     },
     "benchmarks/correctness.py": {
         "torch._dynamo": "reset",
@@ -92,6 +100,11 @@ PRIVATE = {
     },
     "benchmarks/sparse_mm.py": {
         "torch": "_cslt_compress _cslt_sparse_mm _cslt_sparse_mm_search",
+    },
+    "benchmarks/timm_sweep.py": {
+        "torch._dynamo": "reset",
+        "torch._dynamo.utils.counters": "clear",
+        "torch.nn.modules.conv": "_ConvNd",
     },
     "benchmarks/traffic.py": {
         "torch._inductor.dependencies": "Dep",

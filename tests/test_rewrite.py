@@ -79,6 +79,7 @@ def feed_weight_half(graph):
     prune, _ = prune_of(graph, CONVOLUTION_BACKWARD)
     (half,) = [user for user in prune.args[0].users if user.target is CONVOLUTION_BACKWARD]
     half.update_arg(0, prune)
+    prune.append(half)
     return "is read by"
 
 

@@ -55,6 +55,7 @@ def test_a_weight_gradient_of_a_pruned_gradient_is_a_violation(small, monkeypatc
             for user in list(prune.args[0].users):
                 if user.target is CONVOLUTION_BACKWARD:
                     user.update_arg(0, prune)
+                    prune.append(user)
         return decisions
 
     monkeypatch.setattr(timm_sweep, "prune_input_grads", broken)
