@@ -188,7 +188,8 @@ def has(name):
     if count == len(parts):
         return True
     # Or every instance of a class has it.
-    return inspect.isclass(value) and f"self.{parts[count]}" in inspect.getsource(value)
+    bases = inspect.getmro(value)[:-1] if inspect.isclass(value) else ()
+    return any(f"self.{parts[count]}" in inspect.getsource(base) for base in bases)
 
 
 def missing(names, path):
