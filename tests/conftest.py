@@ -7,12 +7,22 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # There is a process for each core. Must be set before torch is imported.
     os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
+
+# The same examples every time. For others, and more: --hypothesis-profile=search.
+settings.register_profile(
+    "ci", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.register_profile(
+    "search", settings.get_profile("ci"), derandomize=False, max_examples=10_000
+)
+settings.load_profile("ci")
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
