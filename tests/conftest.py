@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # There is a process for each core. Must be set before torch is imported.
@@ -16,6 +17,15 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import numpy as np
 import torch
+
+# The same examples every time. For others, and more: --hypothesis-profile=search.
+settings.register_profile(
+    "ci", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.register_profile(
+    "search", settings.get_profile("ci"), derandomize=False, max_examples=10_000
+)
+settings.load_profile("ci")
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:

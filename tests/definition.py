@@ -4,76 +4,93 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from sdgp_fx.kernels import reference
+import sdgp_fx
+
+CONVOLUTIONS = {
+    F.conv1d,
+    F.conv2d,
+    F.conv3d,
+    F.conv_transpose1d,
+    F.conv_transpose2d,
+    F.conv_transpose3d,
+}
 
 
-def prune(dense, groups):
-    """2:4, rescaled magnitude, where the channels can be pruned."""
-    channels = dense.shape[1] // groups
-    if channels == 1 or channels % 4:
-        return dense
-    return reference.prune_nm(dense, None, 2, 4, "rescaled_magnitude", "group")
-
-
-class PrunedConv2d(torch.autograd.Function):
-    """conv2d_input of the pruned gradient, all else dense."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
-        ctx.save_for_backward(x, weight)
-        ctx.rest = (stride, padding, dilation, groups)
-        ctx.has_bias = bias is not None
-        return F.conv2d(x, weight, bias, *ctx.rest)
+class Pruned(torch.autograd.Function):
+    """A layer: its input gradient is that of the pruned gradient, all else of the dense one."""
 
     @staticmethod
-    def backward(ctx, dense):
-        x, weight = ctx.saved_tensors
-        pruned = prune(dense, ctx.rest[-1])
-        gx = torch.nn.grad.conv2d_input(x.shape, weight, pruned, *ctx.rest)
-        gw = torch.nn.grad.conv2d_weight(x, weight.shape, dense, *ctx.rest)
-        return gx, gw, dense.sum((0, 2, 3)) if ctx.has_bias else None, None, None, None, None
-
-
-class PrunedLinear(torch.autograd.Function):
-    """The input gradient of the pruned gradient, all else dense."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias=None):
-        ctx.save_for_backward(x, weight)
-        ctx.has_bias = bias is not None
-        return F.linear(x, weight, bias)
+    def forward(ctx, layer, prune, x, weight, bias):
+        ctx.save_for_backward(x, weight, bias)
+        ctx.layer, ctx.prune = layer, prune
+        return layer(x, weight, bias)
 
     @staticmethod
     def backward(ctx, dense):
-        x, weight = ctx.saved_tensors
-        rows = dense.flatten(0, -2)
-        gx = (prune(rows, 1) @ weight).reshape(x.shape)
-        return gx, rows.T @ x.flatten(0, -2), rows.sum(0) if ctx.has_bias else None
+        operands = [t if t is None else t.detach().requires_grad_() for t in ctx.saved_tensors]
+        x, *parameters = operands
+        parameters = [p for p in parameters if p is not None]
+        with torch.enable_grad():
+            output = ctx.layer(*operands)
+        gradients = torch.autograd.grad(output, parameters, dense, retain_graph=True)
+        gx = None
+        if ctx.needs_input_grad[2]:
+            (gx,) = torch.autograd.grad(output, x, ctx.prune(dense))
+        gw, gb = (*gradients, None)[:2]
+        return None, None, gx, gw, gb
 
 
 class EagerSDGP(TorchFunctionMode):
-    """Every conv2d of an eager forward pass becomes a PrunedConv2d, every linear a PrunedLinear."""
+    """In a forward pass, every convolution, linear layer or both becomes a Pruned one.
 
-    def __init__(self, targets="conv"):
+    only: the weights of those, if not of all.
+    pruning: n, m, prune and rescale. The functions that draw numbers draw for one layer after
+    the other in the order of the backward.
+    """
+
+    def __init__(self, targets, only=None, **pruning):
         self.targets = targets.split(",")
+        self.only = only
+        self.pruning = {"n": 2, "m": 4, **pruning}
+
+    def prune(self, dense, kind, groups):
+        """Where the channels can be pruned; the positions of a linear layer are spatial."""
+        channels = dense.shape[-1 if kind == "linear" else 1] // groups
+        depthwise = kind == "conv" and channels == 1
+        if depthwise or channels % self.pruning["m"] or self.pruning["n"] == self.pruning["m"]:
+            return dense
+        if kind == "linear":
+            return sdgp_fx.prune(dense.movedim(-1, 1), **self.pruning).movedim(1, -1)
+        return sdgp_fx.prune(dense, **self.pruning, groups=groups)
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if "conv" in self.targets and function in (F.conv2d, torch.conv2d):
-            pruned = PrunedConv2d.apply
-        elif "linear" in self.targets and function is F.linear:
-            pruned = PrunedLinear.apply
-        else:
-            return function(*args, **(kwargs or {}))
+        kind = "linear" if function is F.linear else "conv" if function in CONVOLUTIONS else ""
+        if kind in self.targets and self.selects(args[1]):
+            return self.prunable(function, kind, *args, **(kwargs or {}))
+        return function(*args, **(kwargs or {}))
+
+    def selects(self, weight):
+        return self.only is None or any(weight is other for other in self.only)
+
+    def prunable(self, function, kind, x, weight, bias=None, *rest, **named):
+        groups = rest[3] if len(rest) > 3 else named.get("groups", 1)
+        operands = [x, weight, bias]
         if torch.is_autocast_enabled("cpu"):
             dtype = torch.get_autocast_dtype("cpu")
-            args = [a.to(dtype) if isinstance(a, torch.Tensor) else a for a in args]
+            operands = [t if t is None else t.to(dtype) for t in operands]
         with torch._C.DisableTorchFunction():
-            return pruned(*args)
+            return Pruned.apply(
+                lambda x, weight, bias: function(x, weight, bias, *rest, **named),
+                lambda dense: self.prune(dense, kind, groups),
+                *operands,
+            )
 
 
-def eager_sdgp(model, targets="conv"):
+def eager_sdgp(model, targets="conv", **settings):
+    """model in eager mode with SDGP; its settings are those of EagerSDGP."""
+
     def forward(*args):
-        with EagerSDGP(targets):
+        with EagerSDGP(targets, **settings):
             return model(*args)
 
     return forward

@@ -2,8 +2,11 @@ import dataclasses
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sdgp_fx import SDGPConfig
+from sdgp_fx.config import INNER_COMPILERS, PRUNING_FUNCTIONS, RESCALE_SCOPES, TARGETS
 
 
 def test_defaults_are_those_of_the_paper():
@@ -129,3 +132,129 @@ def test_repr_tells_configs_apart():
     """The key of Inductor's caches is made of it."""
     assert repr(SDGPConfig()) != repr(SDGPConfig(n=1))
     assert repr(SDGPConfig(exclude="a")) == repr(SDGPConfig(exclude=("a",)))
+
+
+# Any options, any environment
+
+CHOICES = {
+    "prune": PRUNING_FUNCTIONS,
+    "rescale": RESCALE_SCOPES,
+    "targets": TARGETS,
+    "inner": INNER_COMPILERS,
+}
+texts = st.text() | st.text(alphabet="*?[]!,.sdgp \t\n\0")
+values = st.recursive(
+    st.one_of(
+        st.none(),
+        st.booleans(),
+        st.integers(),
+        st.sampled_from([np.int64(2), np.float32(4), np.bool_(True), np.zeros(3), int]),
+        st.just(5000).map(lambda digits: 10**digits),
+        st.floats(),
+        texts,
+        texts.map(np.str_),
+        st.binary(),
+        st.builds(object),
+    ),
+    lambda inner: st.lists(inner) | st.tuples(inner) | st.dictionaries(texts, inner),
+    max_leaves=4,
+)
+valid = {
+    "n": st.integers(1, 4),
+    "m": st.sampled_from([4, 8, 32]),
+    **{name: st.sampled_from(choices) for name, choices in CHOICES.items()},
+    "include": texts | st.lists(texts),
+    "exclude": texts | st.tuples(texts),
+}
+
+
+def mappings(form, invalid):
+    """For some of the fields, under the keys of form, a valid value, or one of invalid."""
+    either = {form(name): strategy | invalid for name, strategy in valid.items()}
+    all_valid = {form(name): strategy for name, strategy in valid.items()}
+    return st.fixed_dictionaries({}, optional=all_valid) | st.fixed_dictionaries(
+        {}, optional=either
+    )
+
+
+OURS = mappings("sdgp.{}".format, values)
+OTHERS = st.dictionaries(texts | texts.map("sdgp.{}".format) | st.binary() | st.integers(), values)
+ENVIRONMENT = mappings(lambda name: f"SDGP_{name.upper()}", texts).map(
+    lambda environ: {
+        key: ",".join(value) if isinstance(value, (list, tuple)) else str(value)
+        for key, value in environ.items()
+    }
+)
+
+
+def is_ours(key):
+    return isinstance(key, str) and key.startswith("sdgp.")
+
+
+def fits(name, value, m):
+    """Whether a field may have this value beside this m."""
+    if name in ("n", "m"):
+        is_int = isinstance(value, int) and not isinstance(value, bool)
+        return is_int and (value in (1, 2, 4, 8, 16, 32) if name == "m" else 1 <= value <= m)
+    if name in CHOICES:
+        return isinstance(value, str) and value in CHOICES[name]
+    if isinstance(value, (list, tuple)):
+        return name in valid and all(isinstance(part, str) for part in value)
+    return name in valid and isinstance(value, str)
+
+
+def refused(options):
+    """The options, n also if it is not given, of which one must be named in an error."""
+    settings = {"sdgp.n": 2, "sdgp.m": 4, **options}
+    m = settings["sdgp.m"]
+    m = m if fits("m", m, m) else 32
+    return [key for key, value in settings.items() if not fits(key.removeprefix("sdgp."), value, m)]
+
+
+def outcome(options, environ):
+    """The config, the other options, and the message of a ValueError."""
+    try:
+        return *SDGPConfig.from_options(options, environ), ""
+    except ValueError as error:
+        return None, None, str(error)
+
+
+@given(OURS, OTHERS)
+def test_any_options_are_read_or_refused(ours, others):
+    options = {**others, **ours}
+    ours = {key: value for key, value in options.items() if is_ours(key)}
+    bad = refused(ours)
+    config, rest, message = outcome(options, {})
+    if config is None:
+        assert any(message.startswith(f"{key}: expected ") for key in bad)
+        return
+    assert not bad
+    assert rest.keys() == {key for key in options if not is_ours(key)}
+    assert all(rest[key] is options[key] for key in rest)
+    fields = dataclasses.asdict(config)
+    assert SDGPConfig(**fields) == config
+    for key, value in ours.items():
+        if isinstance(value, str) and key in ("sdgp.include", "sdgp.exclude"):
+            value = [part.strip() for part in value.split(",") if part.strip()]
+        read = fields[key.removeprefix("sdgp.")]
+        assert read == (tuple(value) if isinstance(value, list) else value)
+
+
+@given(OURS, ENVIRONMENT)
+def test_any_environment_is_read_as_options_or_refused(options, environ):
+    config, _, message = outcome(options, environ)
+    read = {f"sdgp.{key.removeprefix('SDGP_').lower()}": text for key, text in environ.items()}
+    read = {key: text for key, text in read.items() if text and key not in options}
+    for name in ("n", "m"):
+        if (text := read.get(f"sdgp.{name}")) is None:
+            continue
+        try:
+            read[f"sdgp.{name}"] = int(text)
+        except ValueError:
+            assert message == f"SDGP_{name.upper()}: expected an int, got {text!r}"
+            return
+    expected, _, its_message = outcome({**read, **options}, {})
+    assert config == expected
+    assert message.startswith(its_message)
+    for key in read:
+        assert config or f"SDGP_{key.removeprefix('sdgp.').upper()}=" in message

@@ -489,6 +489,7 @@ def test_module_called_twice_is_two_layers():
         "L['model']._modules['layer1']._modules['0'].conv1",
         "L['model'].layer1[0].conv1",
         "L['self'].layer1._orig_mod.0._orig_mod.conv1",
+        "L['self'].layer1.0.forward.__self__.conv1",
     ],
 )
 def test_module_name_from_a_path(path):

@@ -1,4 +1,7 @@
-"""The oracle against the words of the paper, written out once more in plain Python."""
+"""The oracle against the words of the paper, written out once more in plain Python.
+
+What it is on average is in test_statistics.
+"""
 
 import itertools
 import math
@@ -8,17 +11,9 @@ import torch
 
 from sdgp_fx.kernels import reference
 
+from . import by_hand
+
 SEED = torch.tensor([1234567890123456789])
-
-
-def groups(tensor, m):
-    """(number of groups, m), a row for every group."""
-    return tensor.movedim(1, -1).reshape(-1, m)
-
-
-def magnitude_by_hand(row, n):
-    order = sorted(range(len(row)), key=lambda i: (-abs(row[i]), i))
-    return [row[i] if i in order[:n] else 0.0 for i in range(len(row))]
 
 
 @pytest.mark.parametrize(("n", "m"), [(1, 2), (2, 4), (3, 8), (16, 32)])
@@ -26,8 +21,8 @@ def test_magnitude_keeps_the_n_largest(n, m):
     x = torch.randn(2, 32, 3, 3)
     x[:, : 2 * m] = x[:, : 2 * m].round()  # ties, zeros among them
     pruned = reference.prune_nm(x, None, n, m, "magnitude", "group")
-    expected = [magnitude_by_hand(row, n) for row in groups(x, m).tolist()]
-    assert groups(pruned, m).tolist() == expected
+    expected = [by_hand.magnitude(row, n) for row in by_hand.groups(x, m).tolist()]
+    assert by_hand.groups(pruned, m).tolist() == expected
 
 
 def test_tie_goes_to_the_lower_channel():
@@ -39,8 +34,10 @@ def test_tie_goes_to_the_lower_channel():
 def test_rescaled_magnitude_keeps_the_l1_norm_of_each_group():
     x = torch.randn(2, 8, 5, 5)
     pruned = reference.prune_nm(x, None, 2, 4, "rescaled_magnitude", "group")
-    for row, result in zip(groups(x, 4).tolist(), groups(pruned, 4).tolist(), strict=True):
-        kept = magnitude_by_hand(row, 2)
+    for row, result in zip(
+        by_hand.groups(x, 4).tolist(), by_hand.groups(pruned, 4).tolist(), strict=True
+    ):
+        kept = by_hand.magnitude(row, 2)
         factor = sum(map(abs, row)) / sum(map(abs, kept))
         assert result == pytest.approx([value * factor for value in kept], rel=1e-6)
 
@@ -83,63 +80,6 @@ def test_nan_and_infinity_are_kept(prune, scope, bad):
     pruned = reference.prune_nm(x, SEED, 2, 4, prune, scope)
     assert not pruned[1, 6, 2, 1].isfinite()
     assert pruned.isfinite().sum() == pruned.numel() - 1
-
-
-@pytest.mark.parametrize(("n", "m"), [(1, 2), (2, 4), (3, 4)])
-def test_random_draws_every_set_equally_often(n, m):
-    x = torch.ones(50, m, 1000)
-    pruned = reference.prune_nm(x, SEED, n, m, "random", "group")
-    codes = (groups(pruned, m) * 2 ** torch.arange(m)).sum(1).long()
-    counts = codes.bincount(minlength=2**m).tolist()
-    sets = math.comb(m, n)
-    deviation = math.sqrt(50_000 / sets * (1 - 1 / sets))
-    for code, count in enumerate(counts):
-        if code.bit_count() == n:
-            assert abs(count - 50_000 / sets) < 5 * deviation
-        else:
-            assert count == 0
-
-
-@pytest.mark.parametrize(("n", "m"), [(3, 8), (4, 16), (16, 32)])
-def test_random_keeps_n_at_positions_equally_often(n, m):
-    kept = groups(reference.prune_nm(torch.ones(4, m, 5000), SEED, n, m, "random", "group"), m)
-    assert (kept.sum(1) == n).all()
-    deviation = math.sqrt(n / m * (1 - n / m) / 20_000)
-    assert (kept.mean(0) - n / m).abs().max() < 5 * deviation
-
-
-def keep_probabilities(row, n):
-    """pi_i = min(1, c |g_i|) with sum n, by bisection on c."""
-    low, high = 0.0, 1e9
-    for _ in range(200):
-        c = (low + high) / 2
-        low, high = (c, high) if sum(min(1, c * abs(g)) for g in row) < n else (low, c)
-    return [min(1, c * abs(g)) for g in row]
-
-
-@pytest.mark.parametrize(
-    ("row", "n"),
-    [
-        ([1.0, -2.0, 3.0, 0.5], 2),
-        ([10.0, 1.0, -1.0, 1.0], 2),
-        ([8.0, -4.0, 2.0, 1.0, 0.5, 0.25, -16.0, 32.0], 3),
-        ([0.0, 3.0, 0.0, -1.0], 1),
-    ],
-)
-def test_mvue_is_unbiased_with_the_probabilities_of_minimum_variance(row, n):
-    draws, m = 40_000, len(row)
-    x = torch.tensor(row).view(1, m, 1).expand(40, m, draws // 40)
-    result = groups(reference.prune_nm(x, SEED, n, m, "mvue", "group"), m)
-    pi = torch.tensor(keep_probabilities(row, n))
-    assert ((result != 0).sum(1) == min(n, sum(g != 0 for g in row))).all()
-    deviation = (pi * (1 - pi) / draws).sqrt()
-    assert ((result != 0).float().mean(0) - pi).abs().le(5 * deviation + 1e-7).all()
-    for i, g in enumerate(row):
-        kept = result[:, i][result[:, i] != 0]
-        if g:
-            torch.testing.assert_close(kept, torch.full_like(kept, g / pi[i]), rtol=1e-5, atol=0)
-    error = (result.mean(0) - torch.tensor(row)).abs()
-    assert error.le(5 * deviation * torch.tensor(row).abs() / pi.clamp(min=1e-9) + 1e-5).all()
 
 
 @pytest.mark.parametrize(("n", "m"), [(1, 2), (2, 4), (7, 8), (16, 32)])

@@ -66,7 +66,8 @@ def module_name(path: str, roots: Collection[str] = ()) -> str:
     The paths (checked on torch 2.11, 2.14 and 2.15) are Python expressions that begin with a
     variable: "L['self'].layer1.0.conv1", "getattr(L['self'].layer1, '0').conv1" or
     "L['model']._modules['layer1'].conv1". A module within that was itself compiled has a wrapper,
-    "_orig_mod".
+    "_orig_mod"; one that keeps a bound method of its own as an attribute, as some do with their
+    forward, is found by way of that, "__self__".
 
     roots: the modules from which names start, as from `module_roots`; the outermost counts.
         Below none of them, the variable is taken for the module.
@@ -78,6 +79,7 @@ def module_name(path: str, roots: Collection[str] = ()) -> str:
     else:
         path = re.sub(r"^[LG]\['[^']*'\]", "", path)
     path = path.replace("._modules", "").replace("._orig_mod", "")
+    path = re.sub(r"\.\w+\.__self__\b", "", path)
     return re.sub(r"\['?([^'\]]*)'?\]", r".\1", path).removeprefix(".")
 
 

@@ -1,0 +1,144 @@
+"""n:m pruning in plain Python, one group at a time.
+
+From the words of McDanel et al. 2022 and Chmiel et al. 2023; it shares nothing with sdgp_fx.
+"""
+
+import functools
+import math
+from fractions import Fraction
+
+import numpy as np
+import torch
+
+
+def groups(tensor, m):
+    """(number of groups, m), a row for every group: by samples, positions and channels."""
+    return tensor.movedim(1, -1).reshape(-1, m)
+
+
+def ungrouped(rows, like):
+    """The tensor of like's shape and dtype that has these groups."""
+    values = torch.tensor(rows, dtype=torch.float64)
+    return values.to(like.dtype).view(like.movedim(1, -1).shape).movedim(-1, 1)
+
+
+def rounding(dtype):
+    """Of a float to the type that this dtype's sums are in."""
+
+    def to_float32(value):
+        with np.errstate(over="ignore"):
+            return float(np.float32(value))
+
+    return float if dtype == torch.float64 else to_float32
+
+
+# Selection
+
+
+def kept(sizes, n):
+    """The positions of the n largest, NaN above infinity; of equal ones the lower."""
+
+    def rank(i):
+        return (0, 0, i) if math.isnan(sizes[i]) else (1, -sizes[i], i)
+
+    return set(sorted(range(len(sizes)), key=rank)[:n])
+
+
+def only(positions, row):
+    return [g if i in positions else 0.0 for i, g in enumerate(row)]
+
+
+def magnitude(row, n):
+    return only(kept([abs(g) for g in row], n), row)
+
+
+def philox(seed, index, block):
+    """Four words of 32 bits of Philox 4x32-10 (Salmon et al. 2011)."""
+    low = 2**32 - 1
+    key = [seed & low, (seed >> 32) & low]
+    counter = [index & low, index >> 32, block, 0]
+    for _ in range(10):
+        first, second = 0xD2511F53 * counter[0], 0xCD9E8D57 * counter[2]
+        counter = [
+            (second >> 32) ^ counter[1] ^ key[0],
+            second & low,
+            (first >> 32) ^ counter[3] ^ key[1],
+            first & low,
+        ]
+        key = [(key[0] + 0x9E3779B9) & low, (key[1] + 0xBB67AE85) & low]
+    return counter
+
+
+def random(row, n, seed, index):
+    """The n largest of a word for each position; 26 bits of it count."""
+    words = [word >> 6 for block in range(len(row)) for word in philox(seed, index, block)]
+    return only(kept(words[: len(row)], n), row)
+
+
+# Rescaling
+
+
+def factor(total, kept_total, rounded):
+    """total / kept_total where that is a finite number, else 1."""
+    ratio = rounded(total / kept_total) if kept_total else math.inf
+    return ratio if math.isfinite(ratio) else 1.0
+
+
+def rescaled_group(row, n, rounded):
+    """Scope "group". Sums run from the lowest channel up, and every operation is rounded."""
+
+    def total(values):
+        return functools.reduce(lambda a, b: rounded(a + b), map(abs, values))
+
+    chosen = magnitude(row, n)
+    ratio = factor(total(row), total(chosen), rounded)
+    return [rounded(g * ratio) for g in chosen]
+
+
+def rescaled_scope(gradient, chosen, rescale, rounded):
+    """chosen, times the factor of each channel, or of each channel of a sample; in float64."""
+    result = chosen.double().clone()
+    samples = range(len(gradient)) if rescale == "feature_map" else [slice(None)]
+    for sample in samples:
+        for channel in range(gradient.shape[1]):
+            sums = [
+                rounded(sum(map(abs, t[sample, channel].flatten().tolist())))
+                for t in (gradient, chosen)
+            ]
+            result[sample, channel] *= factor(*sums, rounded)
+    return result
+
+
+# Minimum variance
+
+
+def probabilities(sizes, n):
+    """pi_i = min(1, c size_i), sum pi = n; where at most n sizes are not 0, 1 for these. Exact."""
+    sizes = [Fraction(size) for size in sizes]
+    positive = sorted((size for size in sizes if size), reverse=True)
+    if len(positive) <= n:
+        return [Fraction(size > 0) for size in sizes]
+    for certain in range(n):
+        c = (n - certain) / sum(positive[certain:])
+        if c * positive[certain] <= 1:
+            return [min(Fraction(1), c * size) for size in sizes]
+    raise AssertionError("with one place left, no probability is above 1")
+
+
+def mvue(row, n, uniform):
+    """g / pi of those kept by systematic sampling with one uniform number, 0 <= uniform < 1.
+
+    Returns the row, and how far the number is from one that keeps others.
+    """
+    pi = probabilities([abs(g) for g in row], n)
+    result, prefix, uniform = [], Fraction(0), Fraction(uniform)
+    margin = min(uniform, 1 - uniform)
+    for g, p in zip(row, pi, strict=True):
+        is_kept = p == 1
+        if p < 1:
+            before, prefix = prefix, prefix + p
+            is_kept = math.floor(prefix - uniform) > math.floor(before - uniform)
+            distance = (prefix - uniform) % 1
+            margin = min(margin, distance, 1 - distance)
+        result.append(float(Fraction(g) / p) if is_kept else 0.0)
+    return result, margin
