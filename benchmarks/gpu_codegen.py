@@ -34,6 +34,8 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.utils._pytree import tree_map
 from triton.backends.compiler import GPUTarget
 
+from sdgp_fx.passes import convolutions
+
 GPU = torch.device("cuda", 0)
 # Of an H100 or H200. The sizes of caches and memory decide no code.
 PROPERTIES = types.SimpleNamespace(
@@ -94,7 +96,9 @@ def generate(
     compile_graph = functools.partial(compile_fx.compile_fx, inner_compile=compile_inner)
     with (
         mode,
-        # The joint graph is made on the CPU, as autograd asks a GPU's driver for streams.
+        # The joint graph is made on the CPU, as autograd asks a GPU's driver for streams; the
+        # pass gives it the order that it gives a GPU's.
+        mock.patch.object(convolutions, "DENSE_HALF_FIRST", ()),
         mock.patch.object(compile_fx, "compile_fx", compile_graph),
         mock.patch.object(decomposition, "is_gpu", return_value=True),
         functorch_config.patch(force_non_lazy_backward_lowering=True, enable_autograd_cache=False),

@@ -23,6 +23,10 @@ from .layers import Layer, add_call
 
 CONVOLUTION_BACKWARD = torch.ops.aten.convolution_backward.default
 
+# Device types where the dense half comes ahead of the prune, whose lowering for C++ waits for it.
+# That for a GPU has to be the gradient's first reader.
+DENSE_HALF_FIRST = ("cpu",)
+
 # In a node's meta: it keeps the dense gradient of a layer, whose input gradient is another node.
 _DENSE_HALF = "sdgp_dense_half"
 
@@ -77,8 +81,7 @@ def _split(node: fx.Node, args: _Arguments, grad_output: fx.Node, weight: fx.Nod
         input_grad.update_arg(0, half)
     node.args = tuple(args._replace(output_mask=[False, *args.output_mask[1:]]))
     node.meta.update({"val": (None, *values[1:]), _DENSE_HALF: True})
-    if values[0].device.type == "cpu":
-        # Its lowering for C++ waits for the dense half; that for a GPU has to be the first reader.
+    if values[0].device.type in DENSE_HALF_FIRST:
         grad_output.prepend(node)
 
 
