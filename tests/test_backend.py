@@ -5,14 +5,15 @@ import os
 import subprocess
 import sys
 import textwrap
+import uuid
 import warnings
 
 import pytest
 import torch
+import torch._inductor.config as inductor_config
 from torch import nn
 from torch._dynamo.utils import counters
 from torch._inductor.custom_graph_pass import CustomGraphPass
-from torch._inductor.utils import fresh_cache
 
 import sdgp_fx
 from sdgp_fx import SDGPConfig, backend
@@ -301,7 +302,8 @@ def test_dynamic_shapes_compile_as_often_as_stock(inner, setting, rewritten):
     """Once, but for Inductor of torch 2.11 on the CPU, which fixes the sizes of convolutions."""
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
     options = {"sdgp.inner": inner, **setting}
-    with fresh_cache():  # A hit in the caches would not go through the pass.
+    # A hit in the caches would not go through the pass.
+    with inductor_config.patch(fx_graph_cache=False):
         stock, dense = train_on_sizes(model, backend=inner)
         count, grads = train_on_sizes(model, backend="sdgp", options=options)
     assert count == stock
@@ -373,37 +375,41 @@ def is_miss(use):
     )
 
 
-def test_unchanged_hits_and_changed_options_miss(model, x):
-    with fresh_cache():
-        assert is_miss(cache_use(model, x))
-        assert is_hit(cache_use(model, x))
-        for options in ({"n": 1}, {"prune": "magnitude"}, {"rescale": "channel"}, {"exclude": "3"}):
-            assert not is_hit(cache_use(model, x, **options)), options
-            assert is_hit(cache_use(model, x, **options)), options
+@pytest.fixture
+def unseen():
+    """A setting that no cache has seen, whatever is in the caches of this machine."""
+    return f"no layer {uuid.uuid4()}"
 
 
-def test_cached_graph_is_the_pruned_one(model, x):
-    with fresh_cache():
-        first = sdgp_gradients(model, x, inner="inductor")
-        other = sdgp_gradients(model, x, inner="inductor", n=1)
-        stock = gradients(model, x, backend="inductor")
-        counters.clear()
-        again = sdgp_gradients(model, x, inner="inductor")
-        assert counters["aot_autograd"]["autograd_cache_hit"] == 1
+def test_unchanged_hits_and_changed_options_miss(model, x, unseen):
+    assert is_miss(cache_use(model, x, exclude=unseen))
+    assert is_hit(cache_use(model, x, exclude=unseen))
+    for options in ({"n": 1}, {"prune": "magnitude"}, {"rescale": "channel"}, {"include": "3"}):
+        assert not is_hit(cache_use(model, x, exclude=unseen, **options)), options
+        assert is_hit(cache_use(model, x, exclude=unseen, **options)), options
+
+
+def test_cached_graph_is_the_pruned_one(model, x, unseen):
+    options = {"inner": "inductor", "exclude": unseen}
+    first = sdgp_gradients(model, x, **options)
+    other = sdgp_gradients(model, x, **options, n=1)
+    stock = gradients(model, x, backend="inductor")
+    counters.clear()
+    again = sdgp_gradients(model, x, **options)
+    assert counters["aot_autograd"]["autograd_cache_hit"] == 1
     for name in first:
         assert torch.equal(again[name], first[name])
     for different in (other, stock):
         assert not torch.equal(different["0.weight"], first["0.weight"])
 
 
-def test_changed_source_misses(model, x, tmp_path, monkeypatch):
-    with fresh_cache():
-        cache_use(model, x)
-        assert is_hit(cache_use(model, x))
-        changed = tmp_path / "prune_input_grads.py"
-        changed.write_text("# another version")
-        monkeypatch.setattr(backend, "_SOURCES", (*backend._SOURCES, str(changed)))
-        assert not is_hit(cache_use(model, x))
+def test_changed_source_misses(model, x, unseen, tmp_path, monkeypatch):
+    cache_use(model, x, exclude=unseen)
+    assert is_hit(cache_use(model, x, exclude=unseen))
+    changed = tmp_path / "prune_input_grads.py"
+    changed.write_text(f"# {unseen}")
+    monkeypatch.setattr(backend, "_SOURCES", (*backend._SOURCES, str(changed)))
+    assert not is_hit(cache_use(model, x, exclude=unseen))
 
 
 def test_every_source_counts():
@@ -443,17 +449,17 @@ def run_process(code, **environment):
     return json.loads(run.stdout.splitlines()[-1])
 
 
-def test_backend_by_name_without_an_import_and_a_second_process_from_cache(tmp_path):
-    first = run_process(SECOND_PROCESS, TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
+def test_backend_by_name_without_an_import_and_a_second_process_from_cache(unseen):
+    first = run_process(SECOND_PROCESS, SDGP_EXCLUDE=unseen)
     assert first["imported"]
     assert first["hit"] == 0
     assert first["miss"] > 0
-    second = run_process(SECOND_PROCESS, TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
+    second = run_process(SECOND_PROCESS, SDGP_EXCLUDE=unseen)
     assert (second["hit"], second["miss"]) == (1, 0)
     assert (second["last"], second["first"]) == (first["last"], first["first"])
     dense = SECOND_PROCESS.replace('backend="sdgp", options={"sdgp.prune": "mvue"}', "").replace(
         "model, )", "model)"
     )
-    dense = run_process(dense, TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
+    dense = run_process(dense)
     assert dense["last"] == pytest.approx(first["last"], rel=1e-4)
     assert dense["first"] != pytest.approx(first["first"], rel=1e-3)
