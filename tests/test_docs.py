@@ -3,6 +3,7 @@
 Blocks of a page share a namespace and run in order, in an empty folder:
 
     ```python   is executed; an ```output block after it is what it prints
+    ```py       is part of a file, and not executed
     ```pycon    is a doctest, the errors in it too; a warning is printed as "UserWarning: ..."
     ```sh       its `python -m sdgp_fx` and `python -m benchmarks...` are parsed, not run
 """
@@ -14,8 +15,11 @@ import importlib
 import importlib.util
 import io
 import itertools
+import logging
 import re
 import shlex
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -23,6 +27,8 @@ import pytest
 
 pytest.importorskip("timm", reason="needs timm")
 MarkdownIt = pytest.importorskip("markdown_it", reason="needs markdown-it-py").MarkdownIt
+
+import sdgp_fx
 
 ROOT = Path(__file__).parents[1]
 PAGES = {
@@ -137,17 +143,23 @@ def leads_somewhere(page, target):
 
 @pytest.fixture
 def _empty_folder(tmp_path, monkeypatch):
-    """Where the snippets run: with aot_eager, as no compiler of C++ is what they show."""
+    """Where the snippets run; with aot_eager by default, which needs no compiler of C++.
+
+    Not by the environment, which error messages have in them.
+    """
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("SDGP_INNER", "aot_eager")
+    monkeypatch.setitem(sdgp_fx.SDGPConfig.__init__.__kwdefaults__, "inner", "aot_eager")
 
     def show(message, category, filename, lineno, file=None, line=None):
         print(f"{category.__name__}: {message}")
 
+    log = logging.getLogger("sdgp_fx")
+    level = log.level
     with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)
         monkeypatch.setattr(warnings, "showwarning", show)
         yield
+    log.setLevel(level)
 
 
 @every_page
@@ -166,3 +178,11 @@ def test_commands_parse(page, monkeypatch):
 @every_page
 def test_links_lead_somewhere(page):
     assert broken_links(PAGES[page]) == []
+
+
+def test_pictures_are_drawn_by_the_script(tmp_path):
+    """Every one that is there; not that they look as they did."""
+    folder = ROOT / "docs" / "pictures"
+    subprocess.run([sys.executable, folder / "draw.py", tmp_path], check=True, cwd=ROOT)
+    drawn = {path.name for path in tmp_path.iterdir()}
+    assert drawn == {path.name for path in folder.glob("*.png")}
