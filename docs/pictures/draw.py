@@ -1,4 +1,7 @@
-"""The pictures of the documentation: `python -m docs.pictures.draw` writes them beside itself."""
+"""The pictures of the documentation, written beside this file.
+
+PYTHONPATH=. python docs/pictures/draw.py
+"""
 
 from __future__ import annotations
 
