@@ -32,9 +32,9 @@ def functions() -> Figure:
     figure = Figure(figsize=(9, 6), layout="constrained")
     plots = figure.subplots(len(named), sharex=True, sharey=True)
     for axes, (name, values) in zip(plots, named.items(), strict=True):
-        axes.bar(range(16), gradient.flatten(), color=DENSE, alpha=0.25, width=0.75)
+        axes.bar(range(16), gradient.flatten().tolist(), color=DENSE, alpha=0.25, width=0.75)
         color = DENSE if values is gradient else PRUNED
-        axes.bar(range(16), values.flatten(), color=color, width=0.5)
+        axes.bar(range(16), values.flatten().tolist(), color=color, width=0.5)
         for edge in (3.5, 7.5, 11.5):
             axes.axvline(edge, color=INK, linewidth=0.8, linestyle=":")
         axes.axhline(0, color=INK, linewidth=0.8)
