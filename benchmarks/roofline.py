@@ -123,6 +123,14 @@ def is_prunable(convolution: Convolution) -> bool:
     return convolution.needs_input_gradient and channels % (groups * M) == 0
 
 
+def attained(compute: float, bandwidth: float) -> dict[str, Rates]:
+    """GPUS at these shares of their operations and of their bandwidth."""
+    return {
+        gpu: Rates(rates.flops * compute, rates.bandwidth * bandwidth)
+        for gpu, rates in GPUS.items()
+    }
+
+
 def plan(
     device: torch.device,
     models: Sequence[str],
@@ -133,13 +141,10 @@ def plan(
     bandwidth: float,
 ) -> list[Task]:
     """A task for each model."""
-    attained = {
-        gpu: Rates(rates.flops * compute, rates.bandwidth * bandwidth)
-        for gpu, rates in GPUS.items()
-    }
+    rates = attained(compute, bandwidth)
     found = {model: find_convolutions(model, batch, size) for model in models}
     return [
-        Task(model, partial(count, model, convolutions, attained, speedups))
+        Task(model, partial(count, model, convolutions, rates, speedups))
         for model, convolutions in found.items()
     ]
 
@@ -147,13 +152,13 @@ def plan(
 def count(
     model: str,
     convolutions: Mapping[Convolution, int],
-    attained: Mapping[str, Rates],
+    gpus: Mapping[str, Rates],
     speedups: Sequence[float],
 ) -> list[Row]:
     """A row for each GPU and speedup."""
     return [
         summary(model, convolutions, gpu, rates, speedup)
-        for gpu, rates in attained.items()
+        for gpu, rates in gpus.items()
         for speedup in speedups
     ]
 

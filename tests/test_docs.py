@@ -3,6 +3,7 @@
 Blocks of a page share a namespace and run in order, in an empty folder:
 
     ```python   is executed; an ```output block after it is what it prints
+    ```py       is part of a file, and not executed
     ```pycon    is a doctest, the errors in it too; a warning is printed as "UserWarning: ..."
     ```sh       its `python -m sdgp_fx` and `python -m benchmarks...` are parsed, not run
 """
@@ -14,12 +15,16 @@ import importlib
 import importlib.util
 import io
 import itertools
+import logging
 import re
+import runpy
 import shlex
 import warnings
 from pathlib import Path
 
 import pytest
+
+import sdgp_fx
 
 pytest.importorskip("timm", reason="needs timm")
 MarkdownIt = pytest.importorskip("markdown_it", reason="needs markdown-it-py").MarkdownIt
@@ -137,17 +142,23 @@ def leads_somewhere(page, target):
 
 @pytest.fixture
 def _empty_folder(tmp_path, monkeypatch):
-    """Where the snippets run: with aot_eager, as no compiler of C++ is what they show."""
+    """Where the snippets run; with aot_eager by default, which needs no compiler of C++.
+
+    Not by the environment, which error messages have in them.
+    """
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("SDGP_INNER", "aot_eager")
+    monkeypatch.setitem(sdgp_fx.SDGPConfig.__init__.__kwdefaults__, "inner", "aot_eager")
 
     def show(message, category, filename, lineno, file=None, line=None):
         print(f"{category.__name__}: {message}")
 
+    log = logging.getLogger("sdgp_fx")
+    level = log.level
     with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)
         monkeypatch.setattr(warnings, "showwarning", show)
         yield
+    log.setLevel(level)
 
 
 @every_page
@@ -166,3 +177,58 @@ def test_commands_parse(page, monkeypatch):
 @every_page
 def test_links_lead_somewhere(page):
     assert broken_links(PAGES[page]) == []
+
+
+def test_pictures_are_drawn_by_the_script(tmp_path):
+    """All are there; not that they look as they did."""
+    folder = ROOT / "docs" / "pictures"
+    runpy.run_path(str(folder / "draw.py"))["main"](tmp_path)
+    drawn = {path.name for path in tmp_path.iterdir()}
+    assert drawn
+    assert drawn <= {path.name for path in folder.glob("*.png")}
+
+
+TRACEBACK = "Traceback (most recent call last):"
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("```python\nprint(1)\n```\n\n```output\n2\n```\n", AssertionError),
+        ("```python\nx = 1\n```\n\n```python\ny\n```\n", NameError),
+        ("```pycon\n>>> 1 + 1\n3\n```\n", AssertionError),
+        (f"```pycon\n>>> int('x')\n{TRACEBACK}\nValueError: y\n```\n", AssertionError),
+        ("```pycon\nprint(1)\n```\n", AssertionError),
+    ],
+)
+def test_a_wrong_snippet_is_found(text, error):
+    with pytest.raises(error):
+        run_blocks(text, "page")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "python -m benchmarks.traffic --models resnet18",
+        "cd x && SDGP_N=1 python -m benchmarks.traffic --size big | tee log",
+        "python -m sdgp_fx demmo",
+        "python -m benchmarks.no_such",
+    ],
+)
+def test_a_wrong_command_is_found(line, monkeypatch):
+    ((module, arguments),) = commands(f"```sh\n{line}\n```\n")
+    with pytest.raises((AssertionError, AttributeError)):
+        parse_command(module, arguments, monkeypatch)
+
+
+def test_a_wrong_link_is_found(tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    (tmp_path / "other.md").write_text("# A `title`, of two\n")
+    page = tmp_path / "page.md"
+    page.write_text(
+        "[a](other.md) [b](other.md#a-title-of-two) [c](https://x.org/y) [d](#here)\n\n# Here\n\n"
+        "[e](none.md) [f](other.md#title) ![g](none.png) [h](../..) [i](#there)\n\n"
+        '<img src="none.svg">\n'
+    )
+    wrong = ["none.md", "other.md#title", "none.png", "../..", "#there", "none.svg"]
+    assert broken_links(page) == wrong

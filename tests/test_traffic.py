@@ -1,6 +1,7 @@
 """The traffic counter, and what it counts: one more write for a pruned gradient, nothing else."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,21 @@ import sdgp_fx
 from benchmarks import traffic
 from benchmarks.gpu_codegen import generate
 
+ROOT = Path(__file__).parents[1]
 RESCALED = {"n": 2, "m": 4, "prune": "rescaled_magnitude", "rescale": "group"}
+
+PARTS = ("", "_more", "_densenet121")
+SHORT_TABLE = [("model", ""), ("layers", "d"), ("stock_launches", "d"), ("extra_launches", "d")]
+BYTES = [("extra_bytes_per_pruned", ".4f")]
+TABLES = {
+    "README.md": [*SHORT_TABLE, *BYTES],
+    "docs/benchmarks.md": [
+        *SHORT_TABLE,
+        *[("stock_gb", ".2f"), ("pruned_gb", ".2f")],
+        *BYTES,
+        ("extra_peak_per_largest", ".2f"),
+    ],
+}
 
 
 class Net(nn.Module):
@@ -111,6 +126,17 @@ def test_inductors_own_layout_optimisation_brings_no_copy():
     assert ours.launches <= stock.launches
     assert ours.read <= stock.read
     assert ours.written <= stock.written + ours.pruned[0]
+
+
+def test_the_documentation_has_these_figures():
+    """Those that are in the repository, in the order of the tables."""
+    files = [ROOT / "benchmarks" / "results" / f"traffic{part}.json" for part in PARTS]
+    counted = [row for file in files for row in json.loads(file.read_text())["rows"]]
+    assert all(row.items() >= RESCALED.items() for row in counted)
+    for page, columns in TABLES.items():
+        cells = [[format(row[name], form) for name, form in columns] for row in counted]
+        table = "".join(f"| {' | '.join(row)} |\n" for row in cells)
+        assert f"|\n{table}\n" in (ROOT / page).read_text()
 
 
 def test_command(tmp_path, capsys):
