@@ -136,9 +136,7 @@ class DryRun(FakeTensorMode):
         else:
             return
         for module in self.owners([weight if weight._base is None else weight._base]):
-            self.on_product(
-                Product(module, kind, self._is_in_graph, x, weight, output, *settings)
-            )
+            self.on_product(Product(module, kind, self._is_in_graph, x, weight, output, *settings))
 
     def _note_end(self, gm: fx.GraphModule) -> None:
         """Note why a graph of Dynamo's ends where it does."""
@@ -193,7 +191,7 @@ def as_it_was() -> Iterator[None]:
     eval_frame = torch._C._dynamo.eval_frame
     is_new: dict[int, tuple[types.CodeType, bool]] = {}  # Equal code objects are no less two.
 
-    def note(code: types.CodeType, _: types.CodeType) -> None:
+    def note(code: types.CodeType, new_code: types.CodeType) -> None:
         is_new.setdefault(id(code), (code, not eval_frame._debug_get_cache_entry_list(code)))
 
     counted = copy.deepcopy(counters)

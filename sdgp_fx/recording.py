@@ -30,8 +30,8 @@ class CapturedGraph:
 
     def diff(self, context: int = 3) -> str:
         """What the pass changed, as a unified diff. context: unchanged lines around changes."""
-        texts = (readable(gm).splitlines() for gm in (self.before, self.after))
-        lines = difflib.unified_diff(*texts, "before", "after", lineterm="", n=context)
+        before, after = (readable(gm).splitlines() for gm in (self.before, self.after))
+        lines = difflib.unified_diff(before, after, "before", "after", lineterm="", n=context)
         return "\n".join(lines)
 
     def __str__(self) -> str:
@@ -94,7 +94,9 @@ def capture() -> Iterator[Captured]:
     _captures.append(captured)
     try:
         # Private; checked on torch 2.11, 2.14 and 2.15.
-        with functorch_config.patch(enable_autograd_cache=False, enable_remote_autograd_cache=False):
+        with functorch_config.patch(
+            enable_autograd_cache=False, enable_remote_autograd_cache=False
+        ):
             yield captured
     finally:
         _captures[:] = [other for other in _captures if other is not captured]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import html
-import io
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -59,7 +58,7 @@ class LayerReport(Decision):
 
     @property
     def decision(self) -> str:
-        """"pruned", or "dense: " and why."""
+        """ "pruned", or "dense: " and why."""
         return "pruned" if self.pruned else f"dense: {self.reason}"
 
 
@@ -118,7 +117,21 @@ class Explanation(Sequence[LayerReport]):
         }
 
     def __str__(self) -> str:
-        return "\n".join([_text_table(_HEADER, self._rows()), "", *self._summary()])
+        return "\n".join([*_columns([_HEADER, *self._rows()]), "", *self._summary()])
+
+    def __rich__(self) -> Any:
+        """For rich's console: as wide as the terminal, pruned layers in colour."""
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table()
+        right = set(range(len(_HEADER))[_NUMBERS])
+        for i, name in enumerate(_HEADER):
+            table.add_column(name, justify="right" if i in right else "left", overflow="fold")
+        for layer, row in zip(self.layers, self._rows(), strict=True):
+            table.add_row(*map(Text, row), style="green" if layer.pruned else "")
+        return Group(table, *map(Text, self._summary()))
 
     def _repr_html_(self) -> str:
         """For notebooks."""
@@ -189,33 +202,14 @@ _HEADER = (
 _NUMBERS = slice(3, 9)  # Columns that are aligned to the right.
 
 
-def _text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """By rich where it is installed, else in plain columns; as wide as it needs to be."""
-    right = set(range(len(header))[_NUMBERS])
-    try:
-        from rich import box
-        from rich.console import Console
-        from rich.table import Table
-        from rich.text import Text
-    except ImportError:
-        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-        lines = []
-        for row in (header, *rows):
-            cells = zip(range(len(row)), row, widths, strict=True)
-            padded = [c.rjust(w) if i in right else c.ljust(w) for i, c, w in cells]
-            lines.append("  ".join(padded).rstrip())
-        return "\n".join(lines)
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for i, name in enumerate(header):
-        table.add_column(name, justify="right" if i in right else "left", no_wrap=True)
+def _columns(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Lines of cells that stand under each other."""
+    right = set(range(len(_HEADER))[_NUMBERS])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
-        table.add_row(*map(Text, row))
-    console = Console(file=io.StringIO(), color_system=None, width=10_000)
-    with console.capture() as captured:
-        console.print(table)
-    lines = (line.rstrip()[1:] for line in captured.get().splitlines())
-    return "\n".join(filter(None, lines))
+        cells = zip(range(len(row)), row, widths, strict=True)
+        padded = [c.rjust(w) if i in right else c.ljust(w) for i, c, w in cells]
+        yield "  ".join(padded).rstrip()
 
 
 def _html_row(tag: str, cells: Iterable[str]) -> str:
@@ -263,12 +257,12 @@ def _shape(sizes: Iterable[int | str]) -> str:
 
 
 def _si(count: int | None) -> str:
-    """A number with three digits or more, and a prefix of SI units."""
+    """A number of four digits with a prefix of SI units."""
     if count is None:
         return "?"
     for unit, size in (("T", 10**12), ("G", 10**9), ("M", 10**6), ("k", 10**3)):
         if count >= size:
-            return f"{count / size:.4g} {unit}" if count / size < 1000 else f"{count / size:.0f} {unit}"
+            return f"{count / size:#.4g}".rstrip(".") + f" {unit}"
     return str(count)
 
 

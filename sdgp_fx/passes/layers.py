@@ -47,7 +47,9 @@ class Layer:
     def multiply_adds(self) -> Any:
         """Of the forward's product, an int or symbolic; that of each gradient has as many."""
         nodes = (self.input, self.weight, self.grad_output)
-        return multiply_adds(self.kind, self.transposed, *(node.meta["val"].shape for node in nodes))
+        return multiply_adds(
+            self.kind, self.transposed, *(node.meta["val"].shape for node in nodes)
+        )
 
     def module(self, roots: Collection[str] = ()) -> str:
         """The layer's name from the innermost entry of the forward's module stack.
