@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list, reset_code
 from torch._dynamo.convert_frame import register_bytecode_hook
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import (
@@ -188,11 +189,10 @@ def as_it_was() -> Iterator[None]:
     had compiled nothing; and the random states of torch, Python and NumPy. What is Dynamo's is
     private (checked on torch 2.11, 2.14 and 2.15).
     """
-    eval_frame = torch._C._dynamo.eval_frame
     is_new: dict[int, tuple[types.CodeType, bool]] = {}  # Equal code objects are no less two.
 
     def note(code: types.CodeType, new_code: types.CodeType) -> None:
-        is_new.setdefault(id(code), (code, not eval_frame._debug_get_cache_entry_list(code)))
+        is_new.setdefault(id(code), (code, not _debug_get_cache_entry_list(code)))
 
     counted = copy.deepcopy(counters)
     counters.clear()
@@ -208,7 +208,7 @@ def as_it_was() -> Iterator[None]:
         hook.remove()
         for code, new in is_new.values():
             if new:
-                eval_frame.reset_code(code)
+                reset_code(code)
         random.setstate(python_state)
         if numpy:
             numpy.random.set_state(numpy_state)

@@ -33,9 +33,9 @@ PRIVATE = {
         "torch._inductor.exc": "InvalidCxxCompiler",
     },
     "sdgp_fx/dry_run.py": {
-        "torch._C._dynamo": "eval_frame",
+        "torch._C._dynamo.eval_frame": "_debug_get_cache_entry_list reset_code",
         "torch._dynamo.convert_frame": "register_bytecode_hook",
-        "torch._dynamo.utils": "counters",
+        "torch._dynamo.utils.counters": "clear update",
         "torch._subclasses.fake_tensor": (
             "DataDependentOutputException DynamicOutputShapeException FakeCopyMode FakeTensorMode"
         ),
