@@ -10,15 +10,15 @@ import inspect
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
-from unittest import mock
 
 import timm
 import torch
 import torchvision
 from torch import nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from sdgp_fx.networks import Uninitialized, build_network
 
 BATCH = 2  # Batch norm of one value per channel has no variance.
 SIZES = (32, 64, 96, 112, 128, 160, 192, 224, 256, 288, 384, 448, 512)
@@ -48,7 +48,7 @@ class Architecture:
             weights = {"weights", "weights_backbone"} & set(parameters.parameters)
             network = torchvision.models.get_model(self.name, **dict.fromkeys(weights))
         else:
-            network = _build_timm(self.name, size)
+            network = build_network(self.name, size)
         return network.train()
 
     @property
@@ -109,7 +109,7 @@ def describe(architecture: Architecture) -> tuple[int, str]:
     Where the digests are equal, so are the networks for small images, but for what they are called
     and the values of their parameters.
     """
-    with _Uninitialized():
+    with Uninitialized():
         try:
             network = architecture.build(SIZES[0])
         except Exception:  # It can't be built for images that small, whatever the error.
@@ -154,7 +154,7 @@ def loss(output: Any) -> torch.Tensor:
 
 def _fake_example(architecture: Architecture, size: int) -> Example:
     mode = FakeTensorMode()
-    with _Uninitialized():
+    with Uninitialized():
         network = architecture.build(size)
     with FakeCopyMode(mode):  # Private; checked on torch 2.11, 2.13 and 2.15.
         network = copy.deepcopy(network)
@@ -170,15 +170,6 @@ def _real_example(architecture: Architecture, size: int) -> Example:
     return Example(network, inputs, contextlib.nullcontext, size, fake=False)
 
 
-def _build_timm(name: str, size: int | None) -> nn.Module:
-    if size is not None:
-        try:
-            return timm.create_model(name, img_size=size)
-        except TypeError:  # It has no such argument: it takes what it can.
-            pass
-    return timm.create_model(name)
-
-
 def _target(size: int) -> dict[str, torch.Tensor]:
     """An object for a detector to find, with what any of torchvision's wants to know of it."""
     return {
@@ -187,26 +178,3 @@ def _target(size: int) -> dict[str, torch.Tensor]:
         "masks": torch.ones(1, size, size, dtype=torch.uint8),
         "keypoints": torch.ones(1, 17, 3),
     }
-
-
-class _Uninitialized(TorchDispatchMode):
-    """Parameters stay what torch.empty makes them: memory that is never touched, and takes none.
-
-    Small tensors are computed: networks ask for values of some while they are built.
-    """
-
-    def __enter__(self) -> Any:
-        # This one draws until the values are right (private; checked on torch 2.11 to 2.15).
-        self._patch = mock.patch.object(nn.init, "_no_grad_trunc_normal_", lambda x, *_, **__: x)
-        self._patch.start()
-        return super().__enter__()
-
-    def __exit__(self, *raised: Any) -> None:
-        super().__exit__(*raised)
-        self._patch.stop()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        in_place = func._schema.name.endswith("_") and isinstance(args[0], torch.Tensor)
-        if in_place and args[0].numel() > 1024:
-            return args[0]
-        return func(*args, **(kwargs or {}))

@@ -15,10 +15,18 @@ if TYPE_CHECKING:
     from .backend import sdgp
     from .explanation import explain
     from .kernels.op import prune
+    from .recording import capture
+    from .report import Explanation
 
-__all__ = ["SDGPConfig", "explain", "prune", "sdgp"]
+__all__ = ["Explanation", "SDGPConfig", "capture", "explain", "prune", "sdgp"]
 
-_HOMES = {"sdgp": "backend", "explain": "explanation", "prune": "kernels.op"}
+_HOMES = {
+    "Explanation": "report",
+    "capture": "recording",
+    "explain": "explanation",
+    "prune": "kernels.op",
+    "sdgp": "backend",
+}
 
 
 def __getattr__(name: str) -> Any:

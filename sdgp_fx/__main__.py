@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
+import os
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .config import INNER_COMPILERS, PRUNING_FUNCTIONS, RESCALE_SCOPES, SDGPConfig
+from .config import INNER_COMPILERS, PRUNING_FUNCTIONS, RESCALE_SCOPES, TARGETS, SDGPConfig
 
 _EXTRA = ("matplotlib", "rich", "sklearn", "timm", "torchvision")
+_PICTURES = (".png", ".svg", ".pdf")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -26,6 +30,9 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         args.run(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # Of a reader that has seen enough, such as head.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except argparse.ArgumentError as error:
         args.fail(str(error))
     except ModuleNotFoundError as error:
@@ -41,12 +48,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parser() -> _Parser:
     parser = _Parser(
-        prog="python -m sdgp_fx",
+        prog="sdgp" if Path(sys.argv[0]).stem == "sdgp" else "python -m sdgp_fx",
         description="Structured data gradient pruning as a torch.compile backend.",
-        epilog="example: python -m sdgp_fx demo --n 2 --m 4",
+        epilog="examples: %(prog)s demo --n 2 --m 4; %(prog)s explain resnet18",
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_demo(commands)
+    _add_explain(commands)
     return parser
 
 
@@ -102,14 +110,113 @@ def _add_demo(commands: Any) -> None:
 
 
 def _run_demo(args: argparse.Namespace) -> None:
-    args.options = {f"sdgp.{name}": getattr(args, name) for name in ("n", "m", "prune", "rescale")}
-    try:
-        SDGPConfig.from_options(args.options)
-    except ValueError as error:
-        raise argparse.ArgumentError(None, str(error)) from None
+    args.options = _options(args, "n", "m", "prune", "rescale")
     from .demo import run
 
     run(args)
+
+
+def _add_explain(commands: Any) -> None:
+    explain = commands.add_parser(
+        "explain",
+        help="show which layers of a network are pruned, and the multiply-adds",
+        description="Show which layers of a timm network are pruned and which stay dense, why, and "
+        "how many multiply-adds a training step has for each. Nothing is trained or computed, and "
+        "a large network takes no memory.",
+        epilog="examples: %(prog)s resnet50; %(prog)s convnext_tiny --targets conv,linear --plot "
+        "convnext.png; %(prog)s vit_tiny_patch16_224 --targets linear --n 1 --m 8 --json",
+    )
+    explain.set_defaults(run=_run_explain, fail=explain.error)
+    add = explain.add_argument
+    add("model", metavar="MODEL", help="a timm network, such as resnet50")
+    sizes = "of an image: 224, 192x256 or 1x224x224 (what the network is made for)"
+    add("--input-size", type=_image_size, metavar="SIZE", help=sizes)
+    add("--batch", type=positive(int), default=256, metavar="IMAGES", help="(%(default)s)")
+    add("--targets", default="conv", help=f"one of {' '.join(TARGETS)} (%(default)s)")
+    add("--n", type=int, default=2, help="values kept of every m channels (%(default)s)")
+    add("--m", type=int, default=4, help="channels in a group, a power of two (%(default)s)")
+    add("--json", action="store_true", help="print JSON instead of a table")
+    pictures = f"draw the layers' multiply-adds, too; ends in {', '.join(_PICTURES)}"
+    add("--plot", type=Path, metavar="FILE", help=pictures)
+
+
+def _run_explain(args: argparse.Namespace) -> None:
+    options = _options(args, "n", "m", "targets")
+    if args.plot is not None:
+        if args.plot.suffix not in _PICTURES:
+            raise argparse.ArgumentError(
+                None,
+                f"--plot: expected a file that ends in {', '.join(_PICTURES)}, got {args.plot}",
+            )
+        if args.plot.is_dir() or not args.plot.absolute().parent.is_dir():
+            raise argparse.ArgumentError(
+                None, f"--plot: expected a file in a folder that exists, got {args.plot}"
+            )
+        import matplotlib  # noqa: F401  (It is missed now, not after the work.)
+
+    import torch
+
+    from .explanation import explain
+    from .networks import Uninitialized, build_network, check_model, default_input_size
+
+    try:
+        check_model(args.model)
+    except ValueError as error:
+        raise argparse.ArgumentError(None, f"MODEL: {error}") from None
+    own = default_input_size(args.model)
+    given = (*own[: 3 - len(args.input_size)], *args.input_size) if args.input_size else own
+    channels = {} if given[0] == own[0] else {"in_chans": given[0]}
+    try:
+        with Uninitialized():
+            network = build_network(args.model, None if given == own else given[1:], **channels)
+        report = explain(network, torch.empty(args.batch, *given), options=options)
+    except Exception as error:  # Networks refuse a size with whatever error they happen to meet.
+        if given == own and args.batch > 1:
+            raise
+        message = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise argparse.ArgumentError(
+            None,
+            f"{args.model} takes no batch of {'x'.join(map(str, (args.batch, *given)))} "
+            f"({message}); it is meant for --input-size {'x'.join(map(str, own))}"
+            + (", and --batch 2 or more" if args.batch == 1 else ""),
+        ) from None
+    if args.json:
+        print(json.dumps(report.to_dict(), indent=2))
+    else:
+        _show(report)
+    if args.plot is not None:
+        report.plot(args.plot)
+
+
+def _show(report: Any) -> None:
+    """Print by rich if it is installed and the output goes to a terminal, else as plain lines."""
+    if sys.stdout.isatty():
+        with contextlib.suppress(ImportError):
+            from rich.console import Console
+
+            return Console().print(report)
+    print(report)
+
+
+def _options(args: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """Options for the backend from arguments of the same names, checked."""
+    options = {f"sdgp.{name}": getattr(args, name) for name in names}
+    try:
+        SDGPConfig.from_options(options)
+    except ValueError as error:
+        raise argparse.ArgumentError(None, str(error)) from None
+    return options
+
+
+def _image_size(text: str) -> tuple[int, ...]:
+    """A type for argparse: (H, W) from H or HxW, or (C, H, W) from CxHxW."""
+    try:
+        sizes = tuple(map(int, text.split("x")))
+    except ValueError:
+        sizes = ()
+    if not 1 <= len(sizes) <= 3 or min(sizes) < 1:
+        raise argparse.ArgumentTypeError(f"expected 224, 192x256 or 1x224x224, got {text!r}")
+    return sizes * 2 if len(sizes) == 1 else sizes
 
 
 def positive(number: Callable[[str], Any]) -> Callable[[str], Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import warnings
 from collections import Counter
@@ -20,6 +21,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from .config import SDGPConfig
 from .passes.layers import module_roots
 from .passes.prune_input_grads import Decision, prune_input_grads
+from .recording import is_joint, noting_cache_hits, recorded
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +61,8 @@ class PruneInputGrads(CustomGraphPass):
     def __call__(self, graph: fx.Graph) -> None:
         for other in self.before:
             other(graph)
-        _report(graph, prune_input_grads(graph, self.config, self.roots))
+        prune = functools.partial(prune_input_grads, graph, self.config, self.roots)
+        _report(graph, recorded(graph, prune))
 
     def uuid(self) -> Any | None:
         others = [p.uuid() if isinstance(p, CustomGraphPass) else None for p in self.before]
@@ -117,7 +120,8 @@ def _inductor(
     # modes, option names, their types and errors are Inductor's own. torch 2.15 has the name.
     named = {} if name is None else {"name": name}
     compile_graph = torch._TorchCompileInductorWrapper(mode, options, None, **named)
-    return compile_graph(gm, example_inputs)
+    with noting_cache_hits():
+        return compile_graph(gm, example_inputs)
 
 
 def aot_eager(rewrite: Callable[[fx.Graph], Any]) -> Callable[..., Any]:
@@ -150,9 +154,7 @@ def _report(graph: fx.Graph, decisions: list[Decision]) -> None:
     """Log the decisions; warn if this is a training graph and nothing in it is pruned."""
     for decision in decisions:
         log.info("%s", decision)
-    # AOTAutograd (checked on torch 2.11, 2.13 and 2.15) names a joint graph's tangents so.
-    training = any(n.target.startswith("tangents") for n in graph.find_nodes(op="placeholder"))
-    if training and not any(decision.pruned for decision in decisions):
+    if is_joint(graph) and not any(decision.pruned for decision in decisions):
         reasons = Counter(decision.reason for decision in decisions)
         why = ", ".join(f"{count} x {reason}" for reason, count in reasons.items())
         why = why or "it has no layer of the kind that is pruned"

@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import copy
 import dataclasses
-import difflib
 import itertools
 import signal
 import sysconfig
@@ -39,6 +38,7 @@ from torch import Tensor, nn
 from torchvision.datasets import CIFAR10
 
 from .explanation import explain
+from .networks import check_model
 from .passes.prune_input_grads import Decision
 
 CLASSES = 10
@@ -266,10 +266,10 @@ def prepare(images: Tensor, data: Data, size: int) -> Tensor:
 
 def build_model(name: str, channels: int, size: int) -> nn.Module:
     """The timm network of this name, with new weights, in training mode."""
-    if not timm.is_model(name):
-        close = difflib.get_close_matches(name, timm.list_models(), n=3)
-        hint = f"; close: {', '.join(close)}" if close else ""
-        refuse(f"--model: timm has no {name!r}{hint}")
+    try:
+        check_model(name)
+    except ValueError as error:
+        refuse(f"--model: {error}")
     arguments: dict[str, Any] = {"in_chans": channels, "num_classes": CLASSES}
     default = timm.get_pretrained_cfg(name) or PretrainedCfg()
     own = default.input_size[-1]

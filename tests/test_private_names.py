@@ -32,9 +32,22 @@ PRIVATE = {
         "torch._inductor.cpp_builder": "get_cpp_compiler",
         "torch._inductor.exc": "InvalidCxxCompiler",
     },
-    "sdgp_fx/explanation.py": {
-        "torch._subclasses.fake_tensor": "FakeCopyMode FakeTensorMode",
+    "sdgp_fx/dry_run.py": {
+        "torch._C._dynamo.eval_frame": "_debug_get_cache_entry_list reset_code",
+        "torch._dynamo.convert_frame": "register_bytecode_hook",
+        "torch._dynamo.utils.counters": "clear update",
+        "torch._subclasses.fake_tensor": (
+            "DataDependentOutputException DynamicOutputShapeException FakeCopyMode FakeTensorMode"
+        ),
         "torch.utils._pytree": "tree_map_only",
+    },
+    "sdgp_fx/networks.py": {
+        "torch.nn.init": "_no_grad_trunc_normal_",
+        "torch.utils._python_dispatch": "TorchDispatchMode",
+    },
+    "sdgp_fx/recording.py": {
+        "torch._functorch.config": "enable_autograd_cache enable_remote_autograd_cache patch",
+        "torch._logging": "trace_structured",
     },
     "sdgp_fx/kernels/lowering.py": {
         "torch._inductor.config": "triton",
@@ -65,8 +78,6 @@ PRIVATE = {
     },
     "benchmarks/architectures.py": {
         "torch._subclasses.fake_tensor": "FakeCopyMode FakeTensorMode",
-        "torch.nn.init": "_no_grad_trunc_normal_",
-        "torch.utils._python_dispatch": "TorchDispatchMode",
         "torch.utils._pytree": "tree_leaves",
     },
     "benchmarks/correctness.py": {

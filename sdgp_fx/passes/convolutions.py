@@ -63,7 +63,9 @@ def find_convolutions(graph: fx.Graph) -> list[Layer]:
                 weight=args.weight,
                 groups=args.groups,
                 transposed=args.transposed,
+                input=args.input,
                 has_input_grad=args.output_mask[0] and bool(_input_grads(node)),
+                has_weight_grad=args.output_mask[1],
                 is_pruned=args.grad_output.target is PRUNE_NM and is_half,
                 feed=functools.partial(_split, node, args),
             )

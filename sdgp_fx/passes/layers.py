@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from torch import fx
@@ -18,7 +19,9 @@ class Layer:
     node: of the backward; it stands for the layer, and bears its name.
     grad_output: shape (N, C_out, *spatial); of a linear layer (..., C_out).
     weight: its output channels lie in dimension 0; if transposed, in dimension 1.
+    input: of the forward, shape (N, C_in, *spatial); of a linear layer (..., C_in).
     has_input_grad: whether the product is computed and used.
+    has_weight_grad: whether the weight's gradient is computed, as the graph was before a rewrite.
     is_pruned: whether its grad_output is pruned already.
     feed: gives the product another grad_output and weight, and leaves everything else as it is.
     """
@@ -29,7 +32,9 @@ class Layer:
     weight: fx.Node
     groups: int
     transposed: bool
+    input: fx.Node
     has_input_grad: bool
+    has_weight_grad: bool
     is_pruned: bool
     feed: Callable[[fx.Node, fx.Node], None]
 
@@ -38,6 +43,14 @@ class Layer:
         """C_out, an int or symbolic."""
         return self.grad_output.meta["val"].shape[1 if self.kind == "conv" else -1]
 
+    @property
+    def multiply_adds(self) -> Any:
+        """Of the forward's product, an int or symbolic; that of each gradient has as many."""
+        nodes = (self.input, self.weight, self.grad_output)
+        return multiply_adds(
+            self.kind, self.transposed, *(node.meta["val"].shape for node in nodes)
+        )
+
     def module(self, roots: Collection[str] = ()) -> str:
         """The layer's name from the innermost entry of the forward's module stack.
 
@@ -45,6 +58,22 @@ class Layer:
         """
         stack = self.node.meta.get("fwd_nn_module_stack")
         return module_name(list(stack.values())[-1][0], roots) if stack else ""
+
+
+def multiply_adds(
+    kind: str,
+    transposed: bool,
+    input: Sequence[Any],
+    weight: Sequence[Any],
+    output: Sequence[Any],
+) -> Any:
+    """Of a layer's forward, from shapes as in `Layer`, output's that of grad_output.
+
+    Those with the zeros of a padding count.
+    """
+    if kind == "linear":
+        return math.prod(input) * output[-1]
+    return math.prod(input if transposed else output) * math.prod(weight[1:])
 
 
 def module_roots(gm: fx.GraphModule) -> frozenset[str]:

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -69,7 +70,8 @@ def find_linears(graph: fx.Graph) -> list[Layer]:
                 continue
             # Of the backward: layers before the first that has one may share a sequence number.
             related = [n for n in products[forward.meta.get("seq_nr")] if not _is_linear(n)]
-            found = {node: _input_grad(node, weight) for node in (*related, *of_transforms)}
+            candidates = (*related, *of_transforms)
+            found = {node: _input_grad(node, forward, candidates) for node in candidates}
             input_grads = {node: layer for node, layer in found.items() if layer is not None}
             layers |= input_grads or {node: _without_input_grad(node, forward) for node in related}
     return list(layers.values())
@@ -126,12 +128,14 @@ def _source(forward: fx.Node) -> Any:
     return stack[-1][1] if stack else None
 
 
-def _input_grad(node: fx.Node, transposed_weight: fx.Node) -> Layer | None:
+def _input_grad(node: fx.Node, forward: fx.Node, products: Iterable[fx.Node]) -> Layer | None:
     """The layer whose input gradient node computes; None if it computes something else.
 
-    transposed_weight: of the forward's product, shape (in_features, out_features).
+    forward: the layer's product, with the weight as (in_features, out_features).
+    products: among which the weight gradient is, if there is one.
     """
     left, right = cast(tuple[fx.Node, fx.Node], node.args)
+    x, transposed_weight = cast(tuple[fx.Node, fx.Node], forward.args[-2:])
     (base, odd), (base_left, odd_left), (base_right, odd_right) = map(
         _untransposed, (transposed_weight, left, right)
     )
@@ -153,7 +157,9 @@ def _input_grad(node: fx.Node, transposed_weight: fx.Node) -> Layer | None:
         weight=weight,
         groups=1,
         transposed=weight is left,
+        input=x,
         has_input_grad=bool(node.users),
+        has_weight_grad=any(_multiplies(product, grad_output, x) for product in products),
         is_pruned=_is_pruned(grad_output),
         feed=functools.partial(feed, node),
     )
@@ -168,10 +174,18 @@ def _without_input_grad(node: fx.Node, forward: fx.Node) -> Layer:
         weight=cast(fx.Node, forward.args[-1]),
         groups=1,
         transposed=True,
+        input=cast(fx.Node, forward.args[-2]),
         has_input_grad=False,
+        has_weight_grad=True,
         is_pruned=False,
         feed=functools.partial(_feed, node),
     )
+
+
+def _multiplies(product: fx.Node, *operands: fx.Node) -> bool:
+    """Whether product is that of these matrices, or of their transposes."""
+    multiplied = {_untransposed(operand)[0] for operand in cast(Any, product.args)}
+    return multiplied == {_untransposed(operand)[0] for operand in operands}
 
 
 def _feed(node: fx.Node, grad_output: fx.Node, weight: fx.Node) -> None:

@@ -77,7 +77,7 @@ def prune_input_grads(
     has been rewritten before is left as it is, with the same decisions.
     roots: `module_roots` of Dynamo's graph, from which the layers' names start.
     """
-    layers = _find_layers(graph, config)
+    layers = find_layers(graph, config)
     decisions = [_decide(layer, layer.module(roots), config) for layer in layers]
     to_prune = [
         layer
@@ -93,7 +93,8 @@ def prune_input_grads(
     return decisions
 
 
-def _find_layers(graph: fx.Graph, config: SDGPConfig) -> list[Layer]:
+def find_layers(graph: fx.Graph, config: SDGPConfig) -> list[Layer]:
+    """The layers of the kinds that config targets, in the graph's order."""
     kinds = config.targets.split(",")
     layers = find_convolutions(graph) if "conv" in kinds else []
     if "linear" in kinds:

@@ -1,0 +1,216 @@
+"""Run a model without values, and leave the compiler and all random states as they were."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import inspect
+import random
+import sys
+import types
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list, reset_code
+from torch._dynamo.convert_frame import register_bytecode_hook
+from torch._dynamo.utils import counters
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeCopyMode,
+    FakeTensorMode,
+)
+from torch.utils._pytree import tree_map_only
+
+from .report import GraphBreak
+
+aten = torch.ops.aten
+
+Backend = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """A convolution, or a linear layer's product, as it runs.
+
+    module: that the weight is a parameter of.
+    kind: "conv" or "linear".
+    compiled: whether a graph runs it, or eager mode.
+    """
+
+    module: str
+    kind: str
+    compiled: bool
+    input: Tensor
+    weight: Tensor
+    output: Tensor
+    groups: int = 1
+    transposed: bool = False
+
+
+class DryRun(FakeTensorMode):
+    """Runs a model on tensors that have shapes and no values.
+
+    on_product: gets every product with a parameter of the model, as it runs.
+    in_eager, in_graphs: the modules whose parameters were used by eager mode, and by graphs.
+    graph_breaks: that Dynamo told of.
+    has_guessed: whether the model asked for a tensor's value, and got 1.
+    """
+
+    def __init__(self, on_product: Callable[[Product], None]) -> None:
+        super().__init__()
+        self.on_product = on_product
+        self.in_eager: set[str] = set()
+        self.in_graphs: set[str] = set()
+        self.graph_breaks: list[GraphBreak] = []
+        self.has_guessed = False
+        self._owners: dict[int, str] = {}
+        self._is_compiling = False
+        self._is_in_graph = False
+
+    def run(self, model: nn.Module, inputs: Sequence[Any], backend: Backend) -> str:
+        """Run a copy of model, compiled by backend; return what stopped it, "" if nothing did.
+
+        Raises what the model raises, unless it is for want of values.
+        """
+        with FakeCopyMode(self):  # Private; checked on torch 2.11, 2.13 and 2.15.
+            fake_model = copy.deepcopy(model)
+        fake_inputs = tree_map_only(Tensor, self.from_tensor, inputs)
+        for name, module in fake_model.named_modules():
+            for parameter in module.parameters(recurse=False):
+                self._owners.setdefault(id(parameter), name)
+
+        def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
+            self.in_graphs |= self.owners(example_inputs)
+            self._note_end(gm)
+            with self._set("_is_compiling"):
+                compiled = backend(gm, example_inputs)
+
+            def run_graph(*args: Any) -> Any:
+                with self._set("_is_in_graph"):
+                    return compiled(*args)
+
+            return run_graph
+
+        def run(*args: Any) -> Any:
+            return fake_model(*args)
+
+        stopped = ""
+        with as_it_was(), torch.inference_mode(False), torch.enable_grad(), self:
+            try:
+                _compile(run, compile_graph)(*fake_inputs)
+            except (DataDependentOutputException, DynamicOutputShapeException) as error:
+                stopped = f"{type(error).__name__}: {error}"
+            self._note_breaks_without_graphs()
+        return stopped
+
+    def owners(self, tensors: Sequence[Any]) -> set[str]:
+        """The modules that have one of tensors for a parameter, by their names in the model."""
+        return {self._owners[id(x)] for x in tensors if id(x) in self._owners}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        try:
+            result = super().__torch_dispatch__(func, types, args, kwargs)
+        except DataDependentOutputException:
+            if self._is_compiling or func is not aten._local_scalar_dense.default:
+                raise
+            self.has_guessed = True
+            dtype = args[0].dtype
+            return True if dtype is torch.bool else 1.0 if dtype.is_floating_point else 1
+        if not self._is_compiling:
+            if not self._is_in_graph:
+                self.in_eager |= self.owners(args)
+            self._note_product(func, args, result)
+        return result
+
+    def _note_product(self, func: Any, args: Any, output: Any) -> None:
+        settings: tuple[Any, ...] = ()
+        if func is aten.convolution.default:
+            kind, (x, weight), (transposed, _, groups) = "conv", args[:2], args[6:]
+            settings = groups, transposed
+        elif func in (aten.mm.default, aten.addmm.default, aten.bmm.default):
+            kind, (x, weight) = "linear", args[-2:]
+        else:
+            return
+        for module in self.owners([weight if weight._base is None else weight._base]):
+            self.on_product(Product(module, kind, self._is_in_graph, x, weight, output, *settings))
+
+    def _note_end(self, gm: fx.GraphModule) -> None:
+        """Note why a graph of Dynamo's ends where it does."""
+        # Private; checked on torch 2.11, 2.14 and 2.15.
+        why: Any = getattr(gm, "compile_subgraph_reason", None)
+        if why is not None and why.graph_break:
+            frame = why.user_stack[-1] if why.user_stack else None
+            place = f"{Path(frame.filename).name}:{frame.lineno} in {frame.name}" if frame else ""
+            self.graph_breaks.append(GraphBreak(_first_line(why.reason), place))
+
+    def _note_breaks_without_graphs(self) -> None:
+        known = {graph_break.reason for graph_break in self.graph_breaks}
+        reasons = dict.fromkeys(map(_first_line, counters["graph_break"]))
+        self.graph_breaks += [GraphBreak(reason, "") for reason in reasons if reason not in known]
+
+    @contextlib.contextmanager
+    def _set(self, flag: str) -> Iterator[None]:
+        before = getattr(self, flag)
+        setattr(self, flag, True)
+        try:
+            yield
+        finally:
+            setattr(self, flag, before)
+
+
+def _first_line(text: str) -> str:
+    return next(iter(text.strip().splitlines()), "")
+
+
+def _compile(run: Callable[..., Any], backend: Backend) -> Callable[..., Any]:
+    """torch.compile, for sizes that stay as they are, apart from all other compilations.
+
+    Dynamo counts compilations by code object, and past a limit silently compiles no more. So run
+    gets a code object of its own. Those of the model, which Dynamo compiles one by one after a
+    graph break, count apart where torch can do that: 2.14 can, 2.11 can't.
+    """
+    run.__code__ = run.__code__.replace()
+    apart = "isolate_recompiles" in inspect.signature(torch.compile).parameters
+    options: dict[str, Any] = {"isolate_recompiles": True} if apart else {}
+    # With dynamic=None Dynamo would note the sizes, to tell later which of them change.
+    return torch.compile(run, backend=backend, dynamic=False, **options)
+
+
+@contextlib.contextmanager
+def as_it_was() -> Iterator[None]:
+    """At the end put back what running and compiling a model changes outside of it.
+
+    These are Dynamo's counters, empty at the start; what it has compiled of functions of which it
+    had compiled nothing; and the random states of torch, Python and NumPy. What is Dynamo's is
+    private (checked on torch 2.11, 2.14 and 2.15).
+    """
+    is_new: dict[int, tuple[types.CodeType, bool]] = {}  # Equal code objects are no less two.
+
+    def note(code: types.CodeType, new_code: types.CodeType) -> None:
+        is_new.setdefault(id(code), (code, not _debug_get_cache_entry_list(code)))
+
+    counted = copy.deepcopy(counters)
+    counters.clear()
+    numpy: Any = sys.modules.get("numpy")
+    numpy_state = numpy.random.get_state() if numpy else None
+    python_state = random.getstate()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    hook = register_bytecode_hook(note)
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        hook.remove()
+        for code, new in is_new.values():
+            if new:
+                reset_code(code)
+        random.setstate(python_state)
+        if numpy:
+            numpy.random.set_state(numpy_state)
+        counters.clear()
+        counters.update(counted)

@@ -1,0 +1,63 @@
+"""timm's networks by name, built without memory for their parameters."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+from unittest import mock
+
+import timm
+from timm.models import PretrainedCfg
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+def check_model(name: str) -> None:
+    """Raise ValueError, with names that are close, if timm has no network of this name."""
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(name, timm.list_models(), n=3)
+        hint = f"; close: {', '.join(close)}" if close else ""
+        raise ValueError(f"timm has no {name!r}{hint}")
+
+
+def default_input_size(name: str) -> tuple[int, int, int]:
+    """Channels, height and width of the images that a network is made for."""
+    size: tuple[int, int, int] = (timm.get_pretrained_cfg(name) or PretrainedCfg()).input_size
+    return size
+
+
+def build_network(name: str, size: int | tuple[int, int] | None = None, **kwargs: Any) -> nn.Module:
+    """timm's network of this name, in training mode.
+
+    size: of images, for a network that is built for one size.
+    kwargs: for `timm.create_model`.
+    """
+    if size is not None:
+        try:
+            return timm.create_model(name, img_size=size, **kwargs)
+        except TypeError:  # It has no such argument: it takes what it can.
+            pass
+    return timm.create_model(name, **kwargs)
+
+
+class Uninitialized(TorchDispatchMode):
+    """Parameters stay what torch.empty makes them: memory that is never touched, and takes none.
+
+    Small tensors are computed: networks ask for values of some while they are built.
+    """
+
+    def __enter__(self) -> Any:
+        # This one draws until the values are right (private; checked on torch 2.11 to 2.15).
+        self._patch = mock.patch.object(nn.init, "_no_grad_trunc_normal_", lambda x, *_, **__: x)
+        self._patch.start()
+        return super().__enter__()
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)
+        self._patch.stop()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        in_place = func._schema.name.endswith("_") and isinstance(args[0], Tensor)
+        if in_place and args[0].numel() > 1024:
+            return args[0]
+        return func(*args, **(kwargs or {}))
