@@ -15,10 +15,16 @@ if TYPE_CHECKING:
     from .backend import sdgp
     from .explanation import explain
     from .kernels.op import prune
+    from .monitoring import monitor
 
-__all__ = ["SDGPConfig", "explain", "prune", "sdgp"]
+__all__ = ["SDGPConfig", "explain", "monitor", "prune", "sdgp"]
 
-_HOMES = {"sdgp": "backend", "explain": "explanation", "prune": "kernels.op"}
+_HOMES = {
+    "sdgp": "backend",
+    "explain": "explanation",
+    "monitor": "monitoring",
+    "prune": "kernels.op",
+}
 
 
 def __getattr__(name: str) -> Any:
