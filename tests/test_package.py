@@ -19,11 +19,18 @@ README = (ROOT / "README.md").read_text()
 
 # Who may import whom, so that imports run one way.
 ALLOWED = {
-    "__init__": {"config", "backend", "explanation", "kernels.op"},
+    "__init__": {"config", "backend", "explanation", "kernels.op", "monitoring"},
     "__main__": {"config", "demo"},
     "demo": {"explanation", "passes.prune_input_grads"},
     "explanation": {"backend", "config", "passes.layers", "passes.prune_input_grads"},
-    "backend": {"config", "kernels.lowering", "passes.layers", "passes.prune_input_grads"},
+    "monitoring": {"backend", "kernels.record", "passes.statistics"},
+    "backend": {
+        "config",
+        "kernels.lowering",
+        "passes.layers",
+        "passes.prune_input_grads",
+        "passes.statistics",
+    },
     "passes.prune_input_grads": {
         "config",
         "kernels.op",
@@ -33,9 +40,16 @@ ALLOWED = {
     },
     "passes.convolutions": {"kernels.op", "passes.layers"},
     "passes.linears": {"kernels.op", "passes.layers"},
+    "passes.statistics": {
+        "kernels.op",
+        "kernels.record",
+        "kernels.reference",
+        "passes.layers",
+    },
     "passes.layers": set(),
     "kernels.op": {"config", "kernels.reference", "kernels.triton_prune"},
     "kernels.lowering": {"config", "kernels.op", "kernels.reference"},
+    "kernels.record": set(),
     "kernels.reference": set(),
     "kernels.triton_prune": set(),
     "config": set(),
@@ -89,7 +103,7 @@ print("sdgp_fx.kernels.triton_prune" in sys.modules)
 
 
 def test_public_names():
-    assert sorted(sdgp_fx.__all__) == ["SDGPConfig", "explain", "prune", "sdgp"]
+    assert sorted(sdgp_fx.__all__) == ["SDGPConfig", "explain", "monitor", "prune", "sdgp"]
     for name in sdgp_fx.__all__:
         assert callable(getattr(sdgp_fx, name))
         assert getattr(sdgp_fx, name).__doc__

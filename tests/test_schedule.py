@@ -18,9 +18,21 @@ def _counted_from_zero():
     counters.clear()
 
 
+def compilations():
+    """Of graphs, by AOTAutograd."""
+    return counters["aot_autograd"]["total"]
+
+
+class Network(nn.Sequential):
+    """With a forward outside of torch, whose own Dynamo skips below what has hooks."""
+
+    def forward(self, x):
+        return super().forward(x)
+
+
 def make():
     torch.manual_seed(0)
-    return nn.Sequential(
+    return Network(
         nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(),
         nn.Flatten(), nn.Linear(8 * 4 * 4, 4),
     )  # fmt: skip
@@ -78,7 +90,7 @@ def test_one_compile_per_state_and_the_bits_of_a_model_that_never_switches(switc
     states = switch(models["scheduled"])
     for number, state in enumerate(PLAN):
         step(states[state], models["scheduled"], number)
-    assert counters["stats"]["unique_graphs"] == 2 * graphs
+    assert compilations() == 2 * graphs
 
     # Each step again, from the same weights, by a model that is in one state only.
     never = {name: switch(models[name])[name] for name in ("dense", "pruned")}
@@ -126,7 +138,7 @@ def test_other_states_count_against_the_recompile_limit():
     x = torch.randn(2, 3, 8, 8)
     states["pruned"](x)
     states["dense"](x)
-    assert counters["stats"]["unique_graphs"] == 1
+    assert compilations() == 1
 
 
 @pytest.fixture
@@ -153,12 +165,9 @@ def test_distributed_data_parallel(process_group, compiled_first):
         states = two_callables(wrapped)
     plain = make()
     plain_states = two_callables(plain)
-    frames = []
     for number, state in enumerate(PLAN):
         step(states[state], wrapped, number)
-        frames.append(counters["frames"]["total"])
-    first = PLAN.index("dense")
-    assert frames[0] == frames[first - 1] < frames[first] == frames[-1]
+    assert compilations() == 2
     for number, state in enumerate(PLAN):
         step(plain_states[state], plain, number)
     assert_same(wrapped.module, plain)
