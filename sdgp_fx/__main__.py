@@ -47,6 +47,7 @@ def _parser() -> _Parser:
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_demo(commands)
+    _add_doctor(commands)
     return parser
 
 
@@ -110,6 +111,25 @@ def _run_demo(args: argparse.Namespace) -> None:
     from .demo import run
 
     run(args)
+
+
+def _add_doctor(commands: Any) -> None:
+    doctor = commands.add_parser(
+        "doctor",
+        help="say whether what the backend needs is there, and what it will use",
+        description="Look for torch, Triton, a GPU, a C++ compiler and this package's entry point, "
+        "and compile a small training step. For what is missing, say what to do. The exit code is "
+        "1 if it is needed.",
+        epilog="example: SDGP_INNER=aot_eager %(prog)s",
+    )
+    doctor.set_defaults(run=_run_doctor, fail=doctor.error)
+
+
+def _run_doctor(args: argparse.Namespace) -> None:
+    from .doctor import run
+
+    if code := run(args):
+        sys.exit(code)
 
 
 def positive(number: Callable[[str], Any]) -> Callable[[str], Any]:

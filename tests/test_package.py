@@ -20,8 +20,9 @@ README = (ROOT / "README.md").read_text()
 # Who may import whom, so that imports run one way.
 ALLOWED = {
     "__init__": {"config", "backend", "explanation", "kernels.op", "monitoring"},
-    "__main__": {"config", "demo"},
-    "demo": {"explanation", "passes.prune_input_grads"},
+    "__main__": {"config", "demo", "doctor", "profile"},
+    "demo": {"doctor", "explanation", "passes.prune_input_grads"},
+    "doctor": {"backend", "config"},
     "explanation": {"backend", "config", "passes.layers", "passes.prune_input_grads"},
     "monitoring": {"backend", "kernels.record", "passes.statistics"},
     "backend": {
