@@ -48,6 +48,7 @@ def _parser() -> _Parser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_demo(commands)
     _add_doctor(commands)
+    _add_profile(commands)
     return parser
 
 
@@ -130,6 +131,43 @@ def _run_doctor(args: argparse.Namespace) -> None:
 
     if code := run(args):
         sys.exit(code)
+
+
+def _add_profile(commands: Any) -> None:
+    profile = commands.add_parser(
+        "profile",
+        help="time a network's convolutions and its training step",
+        description="Time forward, input gradient and weight gradient of every convolution of a "
+        "timm network, and a training step, stock and with SDGP; estimate what pruned products "
+        "save if they take n/m of their time. Runs on the GPU if there is one.",
+        epilog="examples: %(prog)s resnet18; %(prog)s resnet50 --patterns 2:4 1:4 --plot t.png; "
+        "%(prog)s regnetx_004 --no-step --json",
+    )
+    profile.set_defaults(run=_run_profile, fail=profile.error)
+    add, count = profile.add_argument, positive(int)
+    add("model", metavar="MODEL", help="a timm network, such as resnet18")
+    add("--batch", type=count, metavar="IMAGES", help="(256 on a GPU, 16 on the CPU)")
+    add("--size", type=count, default=224, metavar="PIXELS", help="(%(default)s)")
+    dtypes = ("bfloat16", "float16", "float32")
+    add("--dtype", choices=dtypes, help="(bfloat16 on a GPU, float32 on the CPU)")
+    formats = ("channels_last", "contiguous")
+    add("--memory-format", choices=formats, default=formats[0], help="(%(default)s)")
+    patterns = "to estimate for; a step is measured for the first (%(default)s)"
+    default = ["2:4", "1:4", "4:8", "2:8", "1:8"]
+    add("--patterns", nargs="+", default=default, metavar="N:M", help=patterns)
+    add("--inner", choices=INNER_COMPILERS, default="inductor", help="of the step (%(default)s)")
+    seconds = "about how long to time each layer; the steps, 20 times as long (%(default)s)"
+    add("--seconds", type=positive(float), default=0.5, help=seconds)
+    add("--no-step", action="store_true", help="time the layers alone")
+    add("--json", action="store_true", help="print JSON instead of tables")
+    add("--plot", type=Path, metavar="FILE", help="draw both, too: PNG, SVG or PDF")
+
+
+def _run_profile(args: argparse.Namespace) -> None:
+    from .profile import run
+
+    args.begin = lambda name: print(name, file=sys.stderr, flush=True)
+    run(args)
 
 
 def positive(number: Callable[[str], Any]) -> Callable[[str], Any]:

@@ -204,17 +204,16 @@ def train(inner: str, device: str) -> str:
 
     from .backend import sdgp
 
-    layers = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)]
-    model = nn.Sequential(*layers).to(device)
+    first, second, last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3)
+    model = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), last).to(device)
     images = torch.randn(2, 3, 12, 12, device=device)
     # All options, as those of the environment may leave everything dense.
     config = dataclasses.asdict(SDGPConfig(inner=inner))
     options = {f"sdgp.{key}": value for key, value in config.items()}
 
-    def gradients(network: Any) -> list[torch.Tensor]:
-        model.zero_grad()
-        network(images).square().mean().backward()
-        return [layer.weight.grad.clone() for layer in (model[0], model[4])]
+    def gradients(network: Any) -> tuple[torch.Tensor, ...]:
+        loss = network(images).square().mean()
+        return torch.autograd.grad(loss, (first.weight, last.weight))
 
     dense = gradients(model)
     pruned = gradients(torch.compile(model, backend=sdgp, options=options))

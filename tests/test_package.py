@@ -23,6 +23,9 @@ ALLOWED = {
     "__main__": {"config", "demo", "doctor", "profile"},
     "demo": {"doctor", "explanation", "passes.prune_input_grads"},
     "doctor": {"backend", "config"},
+    "profile": {"backend", "config", "products", "timing"},
+    "products": {"timing"},
+    "timing": set(),
     "explanation": {"backend", "config", "passes.layers", "passes.prune_input_grads"},
     "monitoring": {"backend", "kernels.record", "passes.statistics"},
     "backend": {

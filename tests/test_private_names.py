@@ -65,6 +65,9 @@ PRIVATE = {
         "torch._C._nn": "linear",
         "torch._functorch.eager_transforms": "_autograd_grad",
     },
+    "sdgp_fx/products.py": {
+        "torch.utils._python_dispatch": "TorchDispatchMode",
+    },
     "benchmarks/architectures.py": {
         "torch._subclasses.fake_tensor": "FakeCopyMode FakeTensorMode",
         "torch.nn.init": "_no_grad_trunc_normal_",
@@ -96,9 +99,6 @@ PRIVATE = {
         "torch._subclasses.fake_tensor": "FakeCopyMode FakeTensorMode init_gpu_context",
         "torch.utils._pytree": "tree_map",
         "torch.utils": "_triton",
-    },
-    "benchmarks/layers.py": {
-        "torch.utils._python_dispatch": "TorchDispatchMode",
     },
     "benchmarks/sparse_mm.py": {
         "torch": "_cslt_compress _cslt_sparse_mm _cslt_sparse_mm_search",
