@@ -9,7 +9,9 @@ from functools import partial
 
 import torch
 
-from . import command, timing
+from sdgp_fx import timing
+
+from . import command
 from .benchmark import Benchmark, Task
 from .report import Row
 

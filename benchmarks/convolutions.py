@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import sys
 from collections.abc import Sequence
 from functools import partial
 
 import torch
 
-from . import command, timing
-from .benchmark import Benchmark, Task
-from .layers import Convolution, find_convolutions
-from .report import Row
+from sdgp_fx.products import PRODUCTS, Convolution, time_products
 
-FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT = "forward", "input_gradient", "weight_gradient"
-PRODUCTS = (FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT)
+from . import command
+from .benchmark import Benchmark, Task
+from .layers import find_convolutions
+from .report import Row
 
 
 def plan(
@@ -35,20 +33,8 @@ def plan(
         for convolution, count in find_convolutions(model, batch, size).items():
             arguments = (device, model, convolution, count, dtype, memory_format)
             run = partial(measure, *arguments, cudnn_benchmark, seconds)
-            tasks.append(Task(f"{model} {describe(convolution)}", run))
+            tasks.append(Task(f"{model} {convolution}", run))
     return tasks
-
-
-def describe(convolution: Convolution) -> str:
-    """The convolution's input and weight, and what is unusual of its settings."""
-    text = "{} * {}".format(
-        *("x".join(map(str, shape)) for shape in (convolution.input, convolution.weight))
-    )
-    if set(convolution.stride) != {1}:
-        text += f" / {'x'.join(map(str, convolution.stride))}"
-    if convolution.groups > 1:
-        text += f" in {convolution.groups} groups"
-    return f"{text} transposed" if convolution.transposed else text
 
 
 def measure(
@@ -64,42 +50,10 @@ def measure(
     """A row with the times of all products of one convolution, without a bias."""
     torch.backends.cudnn.benchmark = cudnn_benchmark
     format_ = command.MEMORY_FORMATS[memory_format]
-    torch_dtype = getattr(torch, dtype)
-    shapes = (convolution.output, convolution.input, convolution.weight)
-
-    def tensors() -> list[torch.Tensor]:
-        """grad_output, input, weight."""
-        return [
-            torch.randn(shape, device=device, dtype=torch_dtype).contiguous(memory_format=format_)
-            for shape in shapes
-        ]
-
-    size = sum(map(math.prod, shapes)) * torch_dtype.itemsize
-    operands = timing.cold(tensors, size, device)
-
-    def backward(*output_mask: bool) -> list[partial[object]]:
-        return [
-            partial(
-                torch.ops.aten.convolution_backward,
-                *(*each, None, *convolution.settings, output_mask),
-            )
-            for each in operands
-        ]
-
-    calls = {
-        FORWARD: [
-            partial(torch.ops.aten.convolution, x, weight, None, *convolution.settings)
-            for _, x, weight in operands
-        ],
-        WEIGHT_GRADIENT: backward(False, True, False),
-    }
-    if convolution.needs_input_gradient:
-        calls[INPUT_GRADIENT] = backward(True, False, False)
-    functions = {name: timing.back_to_back(each, device) for name, each in calls.items()}
-    times = timing.measure(functions, device, seconds, len(operands))
+    times = time_products(convolution, getattr(torch, dtype), format_, device, seconds)
     row: Row = {
         "model": model,
-        "convolution": describe(convolution),
+        "convolution": str(convolution),
         "count": count,
         "dtype": dtype,
         "memory_format": memory_format,

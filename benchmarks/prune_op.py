@@ -11,10 +11,11 @@ from functools import partial
 
 import torch
 
+from sdgp_fx import timing
 from sdgp_fx.config import PRUNING_FUNCTIONS, RESCALE_SCOPES
 from sdgp_fx.kernels.op import prune_nm
 
-from . import command, timing
+from . import command
 from .benchmark import Benchmark, Task
 from .layers import find_convolutions
 from .report import Row

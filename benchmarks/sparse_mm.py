@@ -18,9 +18,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from sdgp_fx import prune
+from sdgp_fx import prune, timing
 
-from . import command, timing
+from . import command
 from .benchmark import Benchmark, Task
 from .layers import find_convolutions
 from .report import Row

@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._inductor.utils import fresh_cache
 
-from sdgp_fx import SDGPConfig, sdgp
+from sdgp_fx import SDGPConfig, sdgp, timing
 from sdgp_fx.config import INNER_COMPILERS
 
-from . import command, timing
+from . import command
 from .benchmark import Benchmark, Task
 from .layers import CLASSES, build_network, check_model
 from .report import Row

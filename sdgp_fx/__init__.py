@@ -15,15 +15,17 @@ if TYPE_CHECKING:
     from .backend import sdgp
     from .explanation import explain
     from .kernels.op import prune
+    from .monitoring import monitor
     from .recording import capture
     from .report import Explanation
 
-__all__ = ["Explanation", "SDGPConfig", "capture", "explain", "prune", "sdgp"]
+__all__ = ["Explanation", "SDGPConfig", "capture", "explain", "monitor", "prune", "sdgp"]
 
 _HOMES = {
     "Explanation": "report",
     "capture": "recording",
     "explain": "explanation",
+    "monitor": "monitoring",
     "prune": "kernels.op",
     "sdgp": "backend",
 }

@@ -55,6 +55,8 @@ def _parser() -> _Parser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_demo(commands)
     _add_explain(commands)
+    _add_doctor(commands)
+    _add_profile(commands)
     return parser
 
 
@@ -217,6 +219,62 @@ def _image_size(text: str) -> tuple[int, ...]:
     if not 1 <= len(sizes) <= 3 or min(sizes) < 1:
         raise argparse.ArgumentTypeError(f"expected 224, 192x256 or 1x224x224, got {text!r}")
     return sizes * 2 if len(sizes) == 1 else sizes
+
+
+def _add_doctor(commands: Any) -> None:
+    doctor = commands.add_parser(
+        "doctor",
+        help="say whether what the backend needs is there, and what it will use",
+        description="Look for torch, Triton, a GPU, a C++ compiler and this package's entry point, "
+        "and compile a small training step. For what is missing, say what to do. The exit code is "
+        "1 if it is needed.",
+        epilog="example: SDGP_INNER=aot_eager %(prog)s",
+    )
+    doctor.set_defaults(run=_run_doctor, fail=doctor.error)
+
+
+def _run_doctor(args: argparse.Namespace) -> None:
+    from .doctor import run
+
+    if code := run(args):
+        sys.exit(code)
+
+
+def _add_profile(commands: Any) -> None:
+    profile = commands.add_parser(
+        "profile",
+        help="time a network's convolutions and its training step",
+        description="Time forward, input gradient and weight gradient of every convolution of a "
+        "timm network, and a training step, stock and with SDGP; estimate what pruned products "
+        "save if they take n/m of their time. Runs on the GPU if there is one.",
+        epilog="examples: %(prog)s resnet18; %(prog)s resnet50 --patterns 2:4 1:4 --plot t.png; "
+        "%(prog)s regnetx_004 --no-step --json",
+    )
+    profile.set_defaults(run=_run_profile, fail=profile.error)
+    add, count = profile.add_argument, positive(int)
+    add("model", metavar="MODEL", help="a timm network, such as resnet18")
+    add("--batch", type=count, metavar="IMAGES", help="(256 on a GPU, 16 on the CPU)")
+    add("--size", type=count, default=224, metavar="PIXELS", help="(%(default)s)")
+    dtypes = ("bfloat16", "float16", "float32")
+    add("--dtype", choices=dtypes, help="(bfloat16 on a GPU, float32 on the CPU)")
+    formats = ("channels_last", "contiguous")
+    add("--memory-format", choices=formats, default=formats[0], help="(%(default)s)")
+    patterns = "to estimate for; a step is measured for the first (%(default)s)"
+    default = ["2:4", "1:4", "4:8", "2:8", "1:8"]
+    add("--patterns", nargs="+", default=default, metavar="N:M", help=patterns)
+    add("--inner", choices=INNER_COMPILERS, default="inductor", help="of the step (%(default)s)")
+    seconds = "about how long to time each layer; the steps, 20 times as long (%(default)s)"
+    add("--seconds", type=positive(float), default=0.5, help=seconds)
+    add("--no-step", action="store_true", help="time the layers alone")
+    add("--json", action="store_true", help="print JSON instead of tables")
+    add("--plot", type=Path, metavar="FILE", help="draw both, too: PNG, SVG or PDF")
+
+
+def _run_profile(args: argparse.Namespace) -> None:
+    from .profile import run
+
+    args.begin = lambda name: print(name, file=sys.stderr, flush=True)
+    run(args)
 
 
 def positive(number: Callable[[str], Any]) -> Callable[[str], Any]:

@@ -21,6 +21,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from .config import SDGPConfig
 from .passes.layers import module_roots
 from .passes.prune_input_grads import Decision, prune_input_grads
+from .passes.statistics import record_statistics
 from .recording import is_joint, noting_cache_hits, recorded
 
 log = logging.getLogger(__name__)
@@ -46,6 +47,7 @@ class PruneInputGrads(CustomGraphPass):
 
     before: passes that the user has put into the same place; they run first.
     roots: from `module_roots`, where the names of layers start.
+    monitor: the recipient of the statistics of `record_statistics`; None leaves them out.
     """
 
     def __init__(
@@ -53,22 +55,29 @@ class PruneInputGrads(CustomGraphPass):
         config: SDGPConfig,
         before: Sequence[Callable[[fx.Graph], Any]] = (),
         roots: Collection[str] = (),
+        monitor: str | None = None,
     ) -> None:
         self.config = config
         self.before = tuple(before)
         self.roots = frozenset(roots)
+        self.monitor = monitor
 
     def __call__(self, graph: fx.Graph) -> None:
         for other in self.before:
             other(graph)
-        prune = functools.partial(prune_input_grads, graph, self.config, self.roots)
-        _report(graph, recorded(graph, prune))
+        _report(graph, recorded(graph, functools.partial(self._rewrite, graph)))
+
+    def _rewrite(self, graph: fx.Graph) -> list[Decision]:
+        decisions = prune_input_grads(graph, self.config, self.roots)
+        if self.monitor is not None:
+            record_statistics(graph, self.monitor, self.roots)
+        return decisions
 
     def uuid(self) -> Any | None:
         others = [p.uuid() if isinstance(p, CustomGraphPass) else None for p in self.before]
         if None in others:
             return None  # Inductor then compiles without its caches.
-        decisive = repr((self.config, sorted(self.roots)))
+        decisive = repr((self.config, sorted(self.roots), self.monitor))
         return (get_hash_for_files(_SOURCES, decisive), *others)
 
 
@@ -79,11 +88,13 @@ def sdgp(
     mode: str | None = None,
     options: dict[str, Any] | None = None,
     name: str | None = None,
+    monitor: str | None = None,
 ) -> Callable[..., Any]:
     """The backend: what `torch.compile(model, backend="sdgp", mode=..., options=...)` calls.
 
     options: "sdgp." keys as in `SDGPConfig`, other keys for Inductor.
     mode, name: Inductor's, as with `backend="inductor"`.
+    monitor: of `PruneInputGrads`, set by `sdgp_fx.monitor`.
     Raises ValueError for an option of ours that is unknown or has a bad value, before anything
     is compiled; Inductor raises its own errors for its options.
     """
@@ -91,19 +102,20 @@ def sdgp(
         config, inductor_options = SDGPConfig.from_options(options)
     except ValueError as error:
         raise InvalidOption(str(error)) from None
+    rewrite = PruneInputGrads(config, roots=module_roots(gm), monitor=monitor)
     if config.inner == "inductor":
-        return _inductor(gm, example_inputs, config, mode, inductor_options, name)
+        return _inductor(gm, example_inputs, rewrite, mode, inductor_options, name)
     ignored = [f"mode={mode!r}"] if mode else []
     ignored += [f"{key}={value!r}" for key, value in inductor_options.items()]
     if ignored:
         warnings.warn(f"sdgp.inner='aot_eager' ignores {', '.join(ignored)}", stacklevel=2)
-    return aot_eager(PruneInputGrads(config, roots=module_roots(gm)))(gm, example_inputs)
+    return aot_eager(rewrite)(gm, example_inputs)
 
 
 def _inductor(
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],
-    config: SDGPConfig,
+    rewrite: PruneInputGrads,
     mode: str | None,
     options: dict[str, Any],
     name: str | None,
@@ -113,9 +125,8 @@ def _inductor(
     from .kernels import lowering  # noqa: F401  (Importing it registers it.)
 
     before = options.pop("joint_custom_pre_pass", inductor_config.joint_custom_pre_pass) or ()
-    if not isinstance(before, (list, tuple)):
-        before = (before,)
-    options["joint_custom_pre_pass"] = PruneInputGrads(config, before, module_roots(gm))
+    rewrite.before = tuple(before) if isinstance(before, (list, tuple)) else (before,)
+    options["joint_custom_pre_pass"] = rewrite
     # The private class behind backend="inductor" (checked on torch 2.11, 2.13 and 2.15), so that
     # modes, option names, their types and errors are Inductor's own. torch 2.15 has the name.
     named = {} if name is None else {"name": name}

@@ -8,7 +8,6 @@ import copy
 import dataclasses
 import itertools
 import signal
-import sysconfig
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -37,6 +36,7 @@ from timm.models import PretrainedCfg
 from torch import Tensor, nn
 from torchvision.datasets import CIFAR10
 
+from .doctor import missing_for_cpp
 from .explanation import explain
 from .networks import check_model
 from .passes.prune_input_grads import Decision
@@ -167,15 +167,7 @@ def find_device(name: str) -> torch.device:
 
 def find_inner(console: Console) -> str:
     """Inductor if there is what it needs to compile C++, else aot_eager."""
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    header = Path(sysconfig.get_path("include"), "Python.h")
-    try:
-        get_cpp_compiler()
-        missing = "" if header.exists() else f"Python's headers ({header})"
-    except InvalidCxxCompiler:
-        missing = "a C++ compiler"
+    missing = missing_for_cpp()
     if not missing:
         return "inductor"
     say(console, f"inductor would need {missing}: aot_eager instead")

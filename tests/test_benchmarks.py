@@ -28,12 +28,12 @@ from benchmarks import (
     report,
     sparse_mm,
     terminal,
-    timing,
     train_step,
 )
 from benchmarks.benchmark import Benchmark, Task
 from benchmarks.command import MEMORY_FORMATS
 from benchmarks.gpu_suite import DONE, FAILED, NEEDS_CUDA, NO_TIME, Part
+from sdgp_fx import products, timing
 
 from .conftest import HAS_GPU
 
@@ -380,11 +380,8 @@ def test_convolutions_of_resnet18():
 
 def test_flops_of_a_transposed_convolution():
     """Each input value is multiplied by all weights of its channel."""
-    found = layers._Recorder()
     network = torch.nn.ConvTranspose2d(8, 16, 2, stride=2, groups=4, bias=False)
-    with found:
-        network(torch.randn(3, 8, 5, 5))
-    (convolution,) = found.found
+    ((_, convolution),) = products.calls_of_convolutions(network, torch.randn(3, 8, 5, 5))
     assert convolution.transposed
     assert convolution.flops == 2 * (3 * 8 * 5 * 5) * (16 // 4 * 2 * 2)
 
@@ -484,11 +481,9 @@ def test_convolutions_compute_the_gradients(monkeypatch):
 
     monkeypatch.setattr(timing, "measure", measure)
     monkeypatch.setattr(timing, "back_to_back", back_to_back)
-    recorder = layers._Recorder()
+    network = torch.nn.Conv2d(8, 4, 3, stride=2, padding=1, groups=2, bias=False)
     x = torch.randn(2, 8, 7, 7, requires_grad=True)
-    with recorder:
-        torch.nn.functional.conv2d(x, torch.randn(4, 4, 3, 3), stride=2, padding=1, groups=2)
-    (convolution,) = recorder.found
+    ((_, convolution),) = products.calls_of_convolutions(network, x)
     settings = ("float32", "channels_last", False, 0.1)
     first = dataclasses.replace(convolution, needs_input_gradient=False)
     (row,) = convolutions.measure(CPU, "m", first, 1, *settings)

@@ -14,7 +14,7 @@ import torch
 from matplotlib.image import imread
 from rich.console import Console
 
-from sdgp_fx import demo
+from sdgp_fx import demo, doctor
 from sdgp_fx.__main__ import main
 
 SHORT = ["demo", "--model", "test_resnet", "--size", "16", "--inner", "aot_eager"]
@@ -227,7 +227,7 @@ def test_aot_eager_stands_in_where_inductor_cant_compile(missing, tmp_path, monk
     if missing != "Python's headers":
         (tmp_path / "Python.h").touch()
     monkeypatch.setattr(cpp_builder, "get_cpp_compiler", find_compiler)
-    monkeypatch.setattr(demo.sysconfig, "get_path", lambda _: str(tmp_path))
+    monkeypatch.setattr(doctor.sysconfig, "get_path", lambda _: str(tmp_path))
     console = Console(file=io.StringIO())
     assert demo.find_inner(console) == ("aot_eager" if missing else "inductor")
     assert missing in console.file.getvalue()

@@ -18,9 +18,21 @@ README = (ROOT / "README.md").read_text()
 
 # Who may import whom, so that imports run one way.
 ALLOWED = {
-    "__init__": {"config", "backend", "explanation", "kernels.op", "recording", "report"},
-    "__main__": {"config", "demo", "explanation", "networks"},
-    "demo": {"explanation", "networks", "passes.prune_input_grads"},
+    "__init__": {
+        "backend",
+        "config",
+        "explanation",
+        "kernels.op",
+        "monitoring",
+        "recording",
+        "report",
+    },
+    "__main__": {"config", "demo", "doctor", "explanation", "networks", "profile"},
+    "demo": {"doctor", "explanation", "networks", "passes.prune_input_grads"},
+    "doctor": {"backend", "config"},
+    "profile": {"backend", "config", "products", "timing"},
+    "products": {"timing"},
+    "timing": set(),
     "networks": set(),
     "explanation": {
         "backend",
@@ -32,11 +44,13 @@ ALLOWED = {
     },
     "dry_run": {"report"},
     "report": {"config", "passes.prune_input_grads"},
+    "monitoring": {"backend", "kernels.record", "passes.statistics"},
     "backend": {
         "config",
         "kernels.lowering",
         "passes.layers",
         "passes.prune_input_grads",
+        "passes.statistics",
         "recording",
     },
     "recording": {"kernels.op", "passes.prune_input_grads"},
@@ -49,9 +63,16 @@ ALLOWED = {
     },
     "passes.convolutions": {"kernels.op", "passes.layers"},
     "passes.linears": {"kernels.op", "passes.layers"},
+    "passes.statistics": {
+        "kernels.op",
+        "kernels.record",
+        "kernels.reference",
+        "passes.layers",
+    },
     "passes.layers": set(),
     "kernels.op": {"config", "kernels.reference", "kernels.triton_prune"},
     "kernels.lowering": {"config", "kernels.op", "kernels.reference"},
+    "kernels.record": set(),
     "kernels.reference": set(),
     "kernels.triton_prune": set(),
     "config": set(),
@@ -105,7 +126,7 @@ print("sdgp_fx.kernels.triton_prune" in sys.modules)
 
 
 def test_public_names():
-    names = ["Explanation", "SDGPConfig", "capture", "explain", "prune", "sdgp"]
+    names = ["Explanation", "SDGPConfig", "capture", "explain", "monitor", "prune", "sdgp"]
     assert sorted(sdgp_fx.__all__) == names
     for name in sdgp_fx.__all__:
         assert callable(getattr(sdgp_fx, name))

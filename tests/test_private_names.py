@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from sdgp_fx import doctor
+
 ROOT = Path(__file__).parents[1]
 
 SUPPORTED = "torch 2.11 to 2.15"
@@ -28,7 +30,7 @@ PRIVATE = {
         "torch._inductor.config": "joint_custom_pre_pass",
         "torch._inductor.custom_graph_pass": "CustomGraphPass get_hash_for_files",
     },
-    "sdgp_fx/demo.py": {
+    "sdgp_fx/doctor.py": {
         "torch._inductor.cpp_builder": "get_cpp_compiler",
         "torch._inductor.exc": "InvalidCxxCompiler",
     },
@@ -76,6 +78,9 @@ PRIVATE = {
         "torch._C._nn": "linear",
         "torch._functorch.eager_transforms": "_autograd_grad",
     },
+    "sdgp_fx/products.py": {
+        "torch.utils._python_dispatch": "TorchDispatchMode",
+    },
     "benchmarks/architectures.py": {
         "torch._subclasses.fake_tensor": "FakeCopyMode FakeTensorMode",
         "torch.utils._pytree": "tree_leaves",
@@ -105,9 +110,6 @@ PRIVATE = {
         "torch._subclasses.fake_tensor": "FakeCopyMode FakeTensorMode init_gpu_context",
         "torch.utils._pytree": "tree_map",
         "torch.utils": "_triton",
-    },
-    "benchmarks/layers.py": {
-        "torch.utils._python_dispatch": "TorchDispatchMode",
     },
     "benchmarks/sparse_mm.py": {
         "torch": "_cslt_compress _cslt_sparse_mm _cslt_sparse_mm_search",
@@ -261,5 +263,7 @@ def test_the_versions_are_those_of_the_readme_and_the_package():
     assert SUPPORTED in (ROOT / "README.md").read_text()
     first, last = SUPPORTED.removeprefix("torch ").split(" to ")
     major, minor = last.split(".")
+    assert tuple(map(int, first.split("."))) == doctor.OLDEST_TORCH
+    assert (int(major), int(minor)) == doctor.NEWEST_TORCH
     required = f'"torch>={first},<{major}.{int(minor) + 1}"'
     assert required in (ROOT / "pyproject.toml").read_text()

@@ -15,7 +15,7 @@ from sdgp_fx.config import INNER_COMPILERS
 
 from .. import command
 from ..report import Row, caption
-from . import cifar10, pictures, settings
+from . import cifar10, pictures, settings, times
 from .experiment import Setting, run, show
 
 
@@ -53,11 +53,15 @@ EXPERIMENTS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command in argv, sys.argv by default; return the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in times.FIGURES:
+        return times.main(argv)
     parser = command.Parser(
         "paper",
         description="Train the paper's network on CIFAR-10 with several settings, from several "
         "seeds, by the paper's recipe; show accuracies and draw the figure. Runs that --out has "
-        "already are not done again, so that an interrupted command goes on where it was.",
+        "already are not done again, so that an interrupted command goes on where it was. "
+        "fig9 and fig10 train nothing, and have a --help of their own.",
         example="table1 --root DIR --out table1.json --picture table1.png",
     )
     add = parser.add_argument

@@ -52,12 +52,8 @@ class Layer:
         )
 
     def module(self, roots: Collection[str] = ()) -> str:
-        """The layer's name from the innermost entry of the forward's module stack.
-
-        roots: of the graph's modules, as for `module_name`.
-        """
-        stack = self.node.meta.get("fwd_nn_module_stack")
-        return module_name(list(stack.values())[-1][0], roots) if stack else ""
+        """The layer's name. roots: of the graph's modules, as for `module_name`."""
+        return module_of(self.node, roots)
 
 
 def multiply_adds(
@@ -87,6 +83,15 @@ def module_roots(gm: fx.GraphModule) -> frozenset[str]:
     sources = filter(None, (getattr(node, "_dynamo_source", None) for node in inputs))
     held = (re.match(r"(.+?)\._(?:modules|parameters)\b", _with_dots(s.name)) for s in sources)
     return frozenset(match[1] for match in held if match)
+
+
+def module_of(node: fx.Node, roots: Collection[str] = ()) -> str:
+    """The module that a node of the backward belongs to: the innermost of the forward's stack.
+
+    roots: of the graph's modules, as for `module_name`.
+    """
+    stack = node.meta.get("fwd_nn_module_stack")
+    return module_name(list(stack.values())[-1][0], roots) if stack else ""
 
 
 def module_name(path: str, roots: Collection[str] = ()) -> str:

@@ -1,0 +1,158 @@
+"""Figures 9 and 10 of the paper: where the time of a training step goes, and what pruning saves."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+
+from sdgp_fx.__main__ import positive
+from sdgp_fx.config import INNER_COMPILERS
+from sdgp_fx.products import PRODUCTS
+from sdgp_fx.profile import (
+    STOCK,
+    Row,
+    Workload,
+    describe,
+    draw_estimates,
+    draw_layers,
+    measure_layers,
+    measure_steps,
+    spread,
+    totals_ms,
+)
+
+from .. import command
+from ..report import Report, caption
+from ..terminal import print_table
+from . import pictures
+from .experiment import resume
+
+# The input gradients' part of the time of all convolutions of ResNet-18, batch 256 (Fig. 9).
+PAPER_SHARE = 0.3317
+
+# n:m of Fig. 10.
+PATTERNS = ((2, 4), (1, 4), (4, 8), (2, 8), (1, 8))
+MEASURED = PATTERNS[:1]
+
+FIGURES = {
+    "fig9": "Figure 9: forward, input gradient and weight gradient of every convolution",
+    "fig10": "Figure 10: the estimate for every n:m, beside a measured training step",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command in argv, sys.argv by default; return the exit code."""
+    parser = command.Parser(
+        "paper",
+        description="Time the convolutions of a network, and for fig10 its training step; show "
+        "how the time divides and what the paper's estimate takes off it. What --out has already "
+        "is not measured again, and fig10 takes fig9's times, if it has them.",
+        example="fig10 --batch 256 --out times.json --picture fig10.png",
+    )
+    add = parser.add_argument
+    names = "; ".join(f"{name}: {help_}" for name, help_ in FIGURES.items())
+    add("name", choices=list(FIGURES), metavar="NAME", help=names)
+    add("--model", default="resnet18", metavar="NAME", help="timm network (%(default)s)")
+    add("--batch", type=positive(int), default=256, metavar="IMAGES", help="(%(default)s)")
+    add("--size", type=positive(int), default=224, metavar="PIXELS", help="(%(default)s)")
+    parser.add_dtype(command.DTYPES, "bfloat16", "of the operands, and of autocast in the step")
+    parser.add_memory_format()
+    add("--compiler", choices=INNER_COMPILERS, default="inductor", help="(%(default)s)")
+    parser.add_seconds(0.5)
+    add("--picture", type=Path, metavar="FILE", help="PNG file")
+    parser.add_out()
+    args = parser.parse_args(argv)
+    try:
+        for path in (args.out, args.picture):
+            command.check_out(path)
+        device = command.find_device(args.device)
+        dtype = getattr(torch, args.dtype)
+        settings = (args.model, args.batch, args.size, dtype, args.memory_format, args.compiler)
+        workload = Workload(*settings, device)
+        report = measure(workload, args.name, args.seconds, args.out)
+    except ValueError as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        return 130
+    layers, steps = parts(report)
+    result = describe(workload, layers, steps, PATTERNS)
+    show(result)
+    print(caption(args.name, report.environment))
+    if args.picture is not None:
+        pictures.save(draw(args.name, result), args.picture)
+    return 0
+
+
+def measure(workload: Workload, name: str, seconds: float, path: Path | None) -> Report:
+    """What the figure needs and the file at path does not have.
+
+    Raises ValueError if the file holds other measurements.
+    """
+    facts = {
+        key: str(value) if key in ("dtype", "device") else value
+        for key, value in vars(workload).items()
+    }
+    report = resume("times", facts, workload.device, path)
+    have_layers, have_steps = (bool(part) for part in parts(report))
+
+    def begin(what: str) -> None:
+        print(what, file=sys.stderr, flush=True)
+
+    if not have_layers:
+        report.add(measure_layers(workload, seconds, begin))
+    if name == "fig10" and not have_steps:
+        steps = measure_steps(workload, MEASURED, 20 * seconds, begin)
+        report.add([{"step": step, **row} for step, row in steps.items()])
+    return report
+
+
+def parts(report: Report) -> tuple[list[Row], dict[str, Row]]:
+    """The rows of layers, and those of steps by name."""
+    layers = [row for row in report.rows if "layer" in row]
+    return layers, {row["step"]: row for row in report.rows if "step" in row}
+
+
+def show(result: Row) -> None:
+    """Print the shares and the estimates, beside the paper's."""
+    layers, steps = result["layers"], result["steps"]
+    totals = totals_ms(layers)
+    whole = sum(totals.values())
+    rows = [
+        [product, f"{totals[product]:.2f}", f"{totals[product] / whole:.2%}"]
+        for product in PRODUCTS
+    ]
+    print_table(["all convolutions", "ms", "share"], rows)
+    print(f"input gradients in the paper: {PAPER_SHARE:.2%} (ResNet-18, batch 256)")
+    cells = []
+    for row in result["estimates"]:
+        paper = 1 - PAPER_SHARE * (1 - row["n"] / row["m"])
+        cells.append([f"{row['n']}:{row['m']}", f"{row['share']:.1%}", f"{paper:.1%}"])
+        cells[-1] += [_ms(row["step_ms"]), _ms(row["measured_step_ms"])]
+    print_table(
+        ["n:m", "convolutions, of dense", "by the paper's share", "step, ms", "measured, ms"], cells
+    )
+    for name, step in steps.items():
+        quartiles = f"quartiles {step['low_ms']:.1f} to {step['high_ms']:.1f}"
+        kind = "stock" if name == STOCK else f"sdgp {name}"
+        print(f"measured step, {kind}: {step['ms']:.1f} ms, {quartiles}")
+    print(f"half of the products' times have quartiles within {spread(layers):.0%} of each other")
+    print(result["title"])
+
+
+def draw(name: str, result: Row) -> Figure:
+    figure = Figure(figsize=(10, 5.5), dpi=150, layout="constrained")
+    figure.suptitle(f"{name}: {result['title']}", x=0.01, ha="left", fontsize=10)
+    axes = figure.subplots()
+    if name == "fig9":
+        draw_layers(axes, result["layers"])
+    else:
+        draw_estimates(axes, result)
+    return figure
+
+
+def _ms(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"

@@ -1,0 +1,164 @@
+"""What pruning does to the gradients of a model while it trains."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backend import sdgp
+from .kernels.record import receivers
+from .passes.statistics import SUMS
+
+STATISTICS = {
+    "l1_kept": "share of the L1 norm kept",
+    "relative_error": "relative error |p - g| / |g|",
+    "bias": "bias <p, g> / <g, g>",
+}
+CURVES = 6
+
+_keys = map(str, itertools.count())
+
+
+def monitor(model: torch.nn.Module, every: int = 100, **arguments: Any) -> Monitor:
+    """model compiled for the backend "sdgp", with a record of what pruning does every so often.
+
+    The result is called in place of `torch.compile(model, backend="sdgp", ...)`. It holds two
+    compilations that share the model: one that records, for the first of every so many calls that
+    gradients are computed for, and for all other calls the one that there is without a monitor.
+
+    arguments: of torch.compile: options, mode and so on.
+    Raises ValueError for an every that is no int above 0.
+    """
+    return Monitor(model, every, **arguments)
+
+
+class Monitor:
+    """Of every pruned gradient p and the dense g that it comes from, by layer and step:
+
+    l1_kept: sum |g| where p is not 0, by sum |g|.
+    relative_error: |p - g| / |g|, in L2.
+    bias: <p, g> / <g, g>. Its mean is 1 for an unbiased function.
+
+    All are NaN for g = 0. The sums are those of one process, in float32 (float64 for float64
+    gradients), over all calls of a layer in a step. A training step does not wait for them:
+    reading the record does, for the device.
+
+    step: of the latest call with gradients, from 0; set it to go on from a checkpoint.
+    backend: for torch.compile; it records whenever it is called, as of `step`. For those who
+        compile the model themselves.
+    """
+
+    def __init__(self, model: torch.nn.Module, every: int, **arguments: Any) -> None:
+        if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+            raise ValueError(f"every: expected an int above 0, got {every!r}")
+        self.every = every
+        self.step = -1
+        key = next(_keys)
+        receivers[key] = self
+        self.backend = functools.partial(sdgp, monitor=key)
+        self._pruned = torch.compile(model, backend=sdgp, **arguments)
+        self._recording = torch.compile(model, backend=self.backend, **arguments)
+        self._received: list[tuple[int, str, Tensor]] = []
+        self._sums: dict[int, dict[str, Tensor]] = {}
+        self._written = -1
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the model returns."""
+        if not torch.is_grad_enabled():
+            return self._pruned(*args, **kwargs)
+        self.step += 1
+        due = self.step % self.every == 0
+        return (self._recording if due else self._pruned)(*args, **kwargs)
+
+    def receive(self, layers: str, numbers: Tensor) -> None:
+        """What a graph has recorded: SUMS of each layer. layers: their names, as JSON."""
+        self._received.append((self.step, layers, numbers))
+
+    def to_dict(self) -> dict[str, dict[str, list[Any]]]:
+        """The layers' names -> "step" and the statistics -> a list, an item for each record.
+
+        Layers are in the order of the forward. Plain numbers, for `json.dump`.
+        """
+        self._read()
+        names: dict[str, None] = {}
+        for sums in self._sums.values():
+            names |= dict.fromkeys(reversed(sums))
+        record: dict[str, dict[str, list[Any]]] = {
+            name: {key: [] for key in ("step", *STATISTICS)} for name in names
+        }
+        for step, sums in sorted(self._sums.items()):
+            for name, values in sums.items():
+                for key, value in {"step": step, **_statistics(values)}.items():
+                    record[name][key].append(value)
+        return record
+
+    def write(self, writer: Any) -> None:
+        """Give what is new since the last call to TensorBoard.
+
+        writer: a `torch.utils.tensorboard.SummaryWriter`, or what else has its
+            add_scalar(tag, value, step). Tags are "sdgp_bias/layer1.0.conv1" and so on.
+        """
+        self._read()
+        for step in sorted(step for step in self._sums if step > self._written):
+            for name, values in self._sums[step].items():
+                for key, value in _statistics(values).items():
+                    writer.add_scalar(f"sdgp_{key}/{name or 'model'}", value, step)
+            self._written = step
+
+    def plot(self, path: str | Path) -> None:
+        """Write a picture (PNG, or what the path's suffix says): the statistics over depth.
+
+        A curve for each of a few steps, evenly spaced. Needs matplotlib.
+        Raises ValueError if nothing is recorded.
+        """
+        from matplotlib import colormaps
+        from matplotlib.figure import Figure
+
+        record = self.to_dict()
+        steps = sorted(self._sums)
+        if not steps:
+            raise ValueError("monitor: nothing is recorded: no backward pass has pruned a gradient")
+        count = min(CURVES, len(steps))
+        chosen = [steps[i * (len(steps) - 1) // max(count - 1, 1)] for i in range(count)]
+        figure = Figure(figsize=(max(8, 2 + 0.3 * len(record)), 9), dpi=100, layout="constrained")
+        panels: Any = figure.subplots(len(STATISTICS), sharex=True)
+        for axes, (key, title) in zip(panels, STATISTICS.items(), strict=True):
+            for i, step in enumerate(chosen):
+                curve = [
+                    dict(zip(of["step"], of[key], strict=True)).get(step, math.nan)
+                    for of in record.values()
+                ]
+                color = colormaps["viridis"](i / count)
+                axes.plot(curve, marker="o", markersize=4, color=color, label=f"step {step}")
+            axes.set_title(title, loc="left", fontsize=10)
+            axes.grid(alpha=0.3)
+            axes.spines[["top", "right"]].set_visible(False)
+        panels[-1].set_xticks(range(len(record)), record, rotation=90, fontsize=8)
+        panels[0].legend(frameon=False, fontsize=8)
+        figure.savefig(path)
+
+    def _read(self) -> None:
+        """Fetch what was received, and add it up by step and layer."""
+        received, self._received = self._received, []
+        for step, layers, numbers in received:
+            sums = self._sums.setdefault(step, {})
+            rows = numbers.double().cpu().view(-1, len(SUMS))
+            for name, row in zip(json.loads(layers), rows, strict=True):
+                sums[name] = sums[name] + row if name in sums else row
+
+
+def _statistics(sums: Tensor) -> dict[str, float]:
+    of = dict(zip(SUMS, sums, strict=True))
+    values = {
+        "l1_kept": of["kept_norm"] / of["norm"],
+        "relative_error": (of["squared_error"] / of["square"]).sqrt(),
+        "bias": of["product"] / of["square"],
+    }
+    return {name: value.item() for name, value in values.items()}

@@ -1,0 +1,144 @@
+"""`python -m sdgp_fx doctor`: what is there, and what it says of things that are missing."""
+
+import importlib
+import importlib.metadata
+import re
+import sys
+
+import pytest
+import torch
+import torch._inductor.config
+
+from sdgp_fx import backend, doctor
+from sdgp_fx.__main__ import main
+
+
+@pytest.fixture(autouse=True)
+def _without_code(monkeypatch):
+    """Whatever this machine can compile; and the few settings that a test makes."""
+    for name in ("N", "M", "PRUNE", "EXCLUDE", "INCLUDE", "TARGETS", "RESCALE"):
+        monkeypatch.delenv(f"SDGP_{name}", raising=False)
+    monkeypatch.setenv("SDGP_INNER", "aot_eager")
+
+
+def states(out):
+    """What was found of each thing: (state, text)."""
+    found = re.findall(r"^(ok|MISSING) +(.*?): (.*)$", out, re.M)
+    return {name: (state, text) for state, name, text in found}
+
+
+def test_everything_is_there(capsys, monkeypatch):
+    monkeypatch.setenv("SDGP_N", "1")
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    found = states(out)
+    assert {state for state, _ in found.values()} == {"ok"}
+    assert found["torch"][1] == torch.__version__
+    assert found["entry point"][1].startswith("sdgp_fx.backend:sdgp")
+    assert set(found["environment"][1].split(", ")) == {"SDGP_N=1", "SDGP_INNER=aot_eager"}
+    assert "SDGP_INNER" in found["will be used"][1]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    assert f"training step with aot_eager on {device}" in found
+    assert out.endswith("everything needed is there\n")
+
+
+def missing(capsys):
+    """The one thing that is missing, and what is to be done."""
+    with pytest.raises(SystemExit) as exit_:
+        main(["doctor"])
+    assert exit_.value.code == 1
+    out = capsys.readouterr().out
+    names = [name for name, (state, _) in states(out).items() if state == "MISSING"]
+    assert out.endswith(f"{len(names)} of these must be put right\n")
+    remedies = re.findall(r"^ +-> (.*)$", out, re.M)
+    assert len(remedies) == len(names)
+    return dict(zip(names, remedies, strict=True))
+
+
+@torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler")})
+def test_a_compiler_that_is_not_there(capsys, monkeypatch, tmp_path):
+    """With inductor, on the CPU: only there it is needed."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    assert doctor.find_cpp("aot_eager").remedy == ""
+    finding = doctor.find_cpp("inductor")
+    assert finding.found == "without a C++ compiler"
+    if not torch.cuda.is_available():
+        assert finding.remedy.startswith("install a C++ compiler, or set SDGP_INNER=aot_eager")
+    monkeypatch.setattr(doctor, "find_training", lambda inner: doctor.Finding("step", "left out"))
+    assert main(["doctor"]) == 0
+    capsys.readouterr()
+    if not torch.cuda.is_available():
+        monkeypatch.setenv("SDGP_INNER", "inductor")
+        assert list(missing(capsys)) == ["C++ compiler"]
+
+
+def test_headers_that_are_not_there(monkeypatch, tmp_path):
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(doctor, "cpp_compiler", lambda: "g++")
+    assert doctor.missing_for_cpp() == f"Python's headers ({tmp_path / 'Python.h'})"
+
+
+def test_no_entry_point(capsys, monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda **which: [])
+    assert "backend=sdgp_fx.sdgp" in missing(capsys)["entry point"]
+
+
+@pytest.mark.parametrize("version", ["2.10.1", "2.16.0.dev20260101+cu130", "3.0"])
+def test_a_torch_that_is_too_old_or_too_new(version, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", version)
+    assert 'pip install "torch==2.15.*"' in doctor.find_torch().remedy
+
+
+@pytest.mark.parametrize("version", ["2.11.0+cu130", "2.15.2"])
+def test_a_torch_that_works(version, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", version)
+    assert doctor.find_torch() == doctor.Finding("torch", version)
+
+
+def test_no_torch_at_all(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.setattr(doctor, "version", lambda package: "")
+    assert list(missing(capsys)) == ["torch"]
+
+
+def test_triton_is_needed_with_a_gpu_alone(monkeypatch):
+    monkeypatch.setattr(importlib, "import_module", lambda name: exec("raise ImportError('none')"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert doctor.find_triton() == doctor.Finding("Triton", "can't be imported: none")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert "pip install" in doctor.find_triton().remedy
+
+
+@pytest.mark.parametrize(
+    ("capability", "sparse"), [((7, 5), False), ((8, 0), True), ((9, 0), True), ((12, 0), True)]
+)
+def test_sparse_tensor_cores(capability, sparse, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    found = doctor.find_gpu().found
+    assert found.startswith(f"Some GPU, compute capability {capability[0]}.{capability[1]}")
+    assert ("has sparse" in found, "has no sparse" in found) == (sparse, not sparse)
+
+
+def test_a_setting_that_is_wrong(capsys, monkeypatch):
+    monkeypatch.setenv("SDGP_N", "9")
+    assert list(missing(capsys)) == ["environment"]
+
+
+def test_a_compiler_that_fails(capsys, monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("out of order\nand so on")
+
+    monkeypatch.setattr(backend, "aot_eager", broken)
+    (name,) = missing(capsys)
+    assert name.startswith("training step")
+
+
+def test_a_step_that_prunes_nothing_is_noticed(monkeypatch):
+    monkeypatch.setattr(backend, "prune_input_grads", lambda graph, config, roots: [])
+    with pytest.warns(UserWarning, match="pruned nothing"):
+        found = doctor.find_training("aot_eager")
+    assert found.found == "no gradient was pruned"
+    assert found.remedy
