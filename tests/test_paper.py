@@ -2,16 +2,23 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 from benchmarks.paper import cifar10, experiment
 from benchmarks.paper.__main__ import EXPERIMENTS, main
 from benchmarks.paper.cifar10 import Draw, Images, Recipe, Run
 from benchmarks.paper.experiment import Setting
-from benchmarks.paper.resnet9 import ResNet9
-from benchmarks.paper.settings import TABLE1
+from benchmarks.paper.resnet9 import ResNet9, convolution
+from benchmarks.paper.scaled import ScaledPruning
+from benchmarks.paper.settings import BEYOND, FIG8, PRECISION, TABLE1
+from sdgp_fx import SDGPConfig
+from sdgp_fx.config import INNER_COMPILERS
+
+from .graphs import joint_graph
 
 TINY = Recipe(epochs=2, batch=8, lr=0.05, width=4, dtype="float32", compiler="aot_eager")
 
@@ -78,20 +85,71 @@ def test_batches_follow_the_seed_alone():
     assert not torch.equal(epoch(1)[0][0].images, epoch(2)[0][0].images)
 
 
-def test_training_dense_and_pruned():
+class Small(nn.Sequential):
+    """In the place of ResNet9: the gradient of the second convolution is pruned."""
+
+    def __init__(self, width):
+        pool = nn.AdaptiveAvgPool2d(1)
+        super().__init__(convolution(3, width), convolution(width, 12), pool, nn.Flatten())
+
+
+def test_training_dense_and_pruned(monkeypatch):
+    monkeypatch.setattr(cifar10, "ResNet9", Small)
+    # More settings are trained in a process than a step is compiled for.
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
     data = images(16)
-    dense, pruned = (cifar10.train(TINY, options, data, data, 0) for options in (None, {}))
-    again = cifar10.train(TINY, {}, data, data, 0)
-    assert pruned.losses == again.losses
-    # Forward passes are the same until an update by another gradient.
-    assert dense.losses[0] != pruned.losses[0]
-    assert dense.losses[0] == pytest.approx(pruned.losses[0], rel=0.1)
+    pruned = Setting("pruned", SDGPConfig(prune="random"))
+    settings = (Setting("dense"), pruned, pruned, replace(pruned, scale=2.0))
+    dense, pruned, again, scaled = (
+        cifar10.train(TINY, setting.compile("aot_eager"), data, data, 0) for setting in settings
+    )
+    assert pruned == replace(again, seconds=pruned.seconds)
+    for other, run in ((dense, pruned), (pruned, scaled), (dense, scaled)):
+        assert other.losses[1] != run.losses[1]
+        assert other.losses[1] == pytest.approx(run.losses[1], rel=0.1)
     assert len(dense.accuracies) == 2
+
+
+@pytest.mark.parametrize("compiler", INNER_COMPILERS)
+def test_pruned_gradients_times_two(compiler):
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 8, 1))
+    images = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+
+    def gradients(scale):
+        torch.manual_seed(0)
+        torch.compiler.reset()
+        setting = Setting("random", SDGPConfig(prune="random"), scale=scale)
+        compiled = torch.compile(network, **setting.compile(compiler))
+        return torch.autograd.grad(compiled(images).sum(), list(network.parameters()))
+
+    first, *_, last = gradients(1.0)
+    first_scaled, *_, last_scaled = gradients(2.0)
+    assert torch.equal(first_scaled, 2 * first)
+    assert torch.equal(last_scaled, last)
+    assert first.any()
+
+
+def test_a_pass_that_runs_twice_scales_once():
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 8, 1))
+    graph = joint_graph(network, torch.zeros(2, 3, 4, 4)).graph
+    rewrite = ScaledPruning(SDGPConfig(prune="random"), 2.0)
+    rewrite(graph)
+    once = str(graph)
+    rewrite(graph)
+    assert str(graph) == once
+    assert once.count("aten.mul.Tensor") == once.count("sdgp.prune_nm") == 1
 
 
 def test_too_few_images():
     with pytest.raises(ValueError, match="--batch: expected at most 4"):
-        cifar10.train(TINY, None, images(4), images(4), 0)
+        cifar10.train(TINY, {}, images(4), images(4), 0)
+
+
+def test_the_environment_is_no_setting(monkeypatch):
+    monkeypatch.setenv("SDGP_N", "1")
+    options = Setting("magnitude", SDGPConfig(prune="magnitude")).compile("inductor")["options"]
+    config, _ = SDGPConfig.from_options(options)
+    assert (config.n, config.m, config.prune) == (2, 4, "magnitude")
 
 
 @pytest.fixture
@@ -99,30 +157,58 @@ def trained(monkeypatch):
     """What training is asked for; every run has its seed and setting in its accuracy."""
     calls = []
 
-    def train(recipe, options, data, test, seed):
-        calls.append((options, seed))
-        value = 0.5 + 0.01 * seed + (0.001 if options is None else 0)
+    def train(recipe, compile, data, test, seed, begin):
+        for epoch in range(recipe.epochs):
+            begin(epoch)
+        calls.append((compile, recipe.dtype, seed))
+        value = 0.5 + 0.01 * seed + (0.001 if "options" not in compile else 0)
         return Run([2.0, 1.0], [0.1, value], [1.0, 1.0])
 
     monkeypatch.setattr(experiment, "train", train)
     return calls
 
 
+def in_float32(settings):
+    return [replace(setting, dtype="float32") for setting in settings]
+
+
 def test_runs_are_done_once(trained, tmp_path):
     path = tmp_path / "runs.json"
     arguments = (TINY, images(10), images(10), path)
-    experiment.run("table1", TABLE1[:2], 1, *arguments)
-    report = experiment.run("table1", TABLE1, 2, *arguments)
-    assert trained == [(setting.options, seed) for seed in range(2) for setting in TABLE1]
+    settings = in_float32(TABLE1)
+    experiment.run(settings[:2], 1, *arguments)
+    report = experiment.run(settings, 2, *arguments)
+    asked = [(s.compile("aot_eager"), "float32", seed) for seed in range(2) for s in settings]
+    assert trained == asked
     assert len(report.rows) == len(json.loads(path.read_text())["rows"]) == 8
-    other = Recipe(epochs=3)
-    with pytest.raises(ValueError, match="--out: expected a new file, or runs of table1"):
-        experiment.run("table1", TABLE1, 2, other, images(10), images(10), path)
+    other = replace(TINY, epochs=3)
+    with pytest.raises(ValueError, match="--out: expected a new file, or one of runs with"):
+        experiment.run(settings, 2, other, images(10), images(10), path)
+
+
+def test_runs_are_shared_by_what_was_trained(trained, tmp_path):
+    arguments = (TINY, images(10), images(10), tmp_path / "runs.json")
+    experiment.run(in_float32(TABLE1), 1, *arguments)
+    experiment.run(in_float32(FIG8), 1, *arguments)
+    # Dense and 2:4 are there; what is drawn at random is another setting when it is scaled.
+    assert len(trained) == len(TABLE1) + len(FIG8) - 2
+    experiment.run(in_float32(BEYOND), 1, *arguments)
+    assert len(trained) == len(TABLE1) + len(FIG8) - 2 + 4
+    experiment.run(PRECISION, 1, *arguments)
+    assert [dtype for _, dtype, _ in trained[-8:]] == ["float16"] * 4 + ["bfloat16"] * 4
+
+
+def test_progress_has_an_estimate(trained, capsys):
+    experiment.run(in_float32(TABLE1[:2]), 1, TINY, images(10), images(10), None)
+    first, *_, last = capsys.readouterr().err.splitlines()
+    assert first == "1/4 dense, seed 0, epoch 1"
+    assert last == "4/4 random, seed 0, epoch 2, about 0 min left"
+    assert experiment.time_left(60, 3, 9) == ", about 2 min left"
 
 
 def test_differences_are_taken_seed_by_seed(trained, capsys):
-    settings = (Setting("dense"), Setting("other", {"sdgp.n": 1}, 95.2))
-    rows = experiment.run("x", settings, 3, TINY, images(10), images(10), None).rows
+    settings = (Setting("dense"), Setting("other", SDGPConfig(n=1), 95.2))
+    rows = experiment.run(settings, 3, TINY, images(10), images(10), None).rows
     experiment.show(rows, settings)
     *_, line = capsys.readouterr().out.splitlines()
     assert line.split() == ["other", "3", "51.00", "1.00", "-0.10", "0.00", "95.2"]
@@ -142,7 +228,7 @@ def test_command(name, trained, tmp_path, monkeypatch, capsys):
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert len(trained) == 2 * len(EXPERIMENTS[name].settings)
     said = capsys.readouterr().out
-    assert "5 images (paper: 50000)" in said
+    assert "training images 5 (paper: 50000), test images 10 (paper: 10000)" in said
     assert "paper's recipe" not in said
 
 

@@ -8,9 +8,8 @@ every setting that is compared.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -19,8 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.datasets import CIFAR10
-
-from sdgp_fx import sdgp
 
 from .resnet9 import ResNet9
 
@@ -172,49 +169,51 @@ def learning_rate(epoch: float, recipe: Recipe) -> float:
 
 def train(
     recipe: Recipe,
-    options: dict[str, Any] | None,
+    compile: Mapping[str, Any],
     data: Images,
     test: Images,
     seed: int,
-    report: Callable[[Run], None] = lambda run: None,
+    begin: Callable[[int], None] = lambda epoch: None,
 ) -> Run:
     """Train a ResNet9 from seed and test it after each epoch.
 
-    options: of the backend "sdgp"; None trains with dense gradients.
-    report: called after each epoch.
+    compile: arguments for torch.compile.
+    begin: called with the number of each epoch as it begins.
     Raises ValueError if there is no whole batch.
     """
     if len(data) < recipe.batch:
         raise ValueError(f"--batch: expected at most {len(data)}, the images, got {recipe.batch}")
+    # Dynamo counts the networks that it compiles a step for, and ends at 8.
+    torch.compiler.reset()
     device = data.labels.device
     torch.manual_seed(seed)
     network = ResNet9(recipe.width).to(device)
     network = network.to(memory_format=torch.channels_last)
-    step = make_step(network, recipe, options)
+    step = make_step(network, recipe, compile)
     generator = torch.Generator().manual_seed(seed)
     run, total = Run(), len(data) // recipe.batch
     for epoch in range(recipe.epochs):
+        begin(epoch)
         network.train()
-        begin, losses = perf_counter(), []
+        start, losses = perf_counter(), []
         for i, (batch, draw) in enumerate(batches(data, recipe.batch, generator)):
             losses.append(step(batch, draw, learning_rate(epoch + i / total, recipe)))
         run.losses.append(torch.stack(losses).mean().item())
-        run.seconds.append(perf_counter() - begin)
+        run.seconds.append(perf_counter() - start)
         run.accuracies.append(accuracy(network, test, recipe))
-        report(run)
     return run
 
 
 def make_step(
-    network: nn.Module, recipe: Recipe, options: dict[str, Any] | None
+    network: nn.Module, recipe: Recipe, compile: Mapping[str, Any]
 ) -> Callable[[Images, Draw, float], Tensor]:
-    """A function that does a training step at a learning rate and returns the loss."""
-    device = next(network.parameters()).device
-    backend: Any = recipe.compiler
-    if options is not None:
-        backend = functools.partial(sdgp, options={"sdgp.inner": recipe.compiler, **options})
+    """A function that does a training step at a learning rate and returns the loss.
 
-    @torch.compile(backend=backend)
+    compile: arguments for torch.compile.
+    """
+    device = next(network.parameters()).device
+
+    @torch.compile(fullgraph=True, **compile)
     def loss_of(images: Tensor, labels: Tensor, draw: Draw) -> Tensor:
         inputs = augment(images, draw).contiguous(memory_format=torch.channels_last)
         with autocast(device, recipe):

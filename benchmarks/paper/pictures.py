@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ..report import Row
-from .experiment import Setting, accuracies, mean
+from .experiment import Setting, accuracies, mean, runs_of
 
 
 def draw_accuracies(rows: Sequence[Row], settings: Sequence[Setting], title: str) -> Figure:
@@ -34,7 +34,7 @@ def draw_curves(rows: Sequence[Row], settings: Sequence[Setting], title: str) ->
     """Figures 6 and 7: training loss and test accuracy by epoch, the mean of all seeds."""
     figure, (left, right) = _figure(2, title)
     for setting in settings:
-        own = [row for row in rows if row["setting"] == setting.name]
+        own = runs_of(rows, setting)
         if not own:
             continue
         epochs = range(1, len(own[0]["losses"]) + 1)
@@ -61,10 +61,10 @@ def draw_pattern(rows: Sequence[Row], settings: Sequence[Setting], title: str) -
         own = list(accuracies(rows, setting).values())
         if not own:
             continue
-        if setting.options is None:
+        if setting.config is None:
             axes.axhline(mean(own), color="0.5", linestyle=":", label=setting.name)
             continue
-        n, m = setting.options["sdgp.n"], setting.options["sdgp.m"]
+        n, m = setting.config.n, setting.config.m
         lines.setdefault(m // n, []).append((m, mean(own), setting.paper))
     for ratio, points in sorted(lines.items()):
         sizes, means, _ = zip(*sorted(points), strict=True)
