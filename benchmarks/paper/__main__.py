@@ -15,23 +15,32 @@ from sdgp_fx.__main__ import positive
 from sdgp_fx.config import INNER_COMPILERS
 
 from .. import command
-from ..report import Row, caption
-from . import cifar10, pictures, settings
-from .experiment import Setting, run, show
+from ..report import Report, Row, caption
+from . import cifar10, experiment, maps, pictures, settings, signals
+from .experiment import Setting
 
 # Of a recipe, what can differ from the paper's.
 _SHOWN = ("epochs", "batch", "lr", "width")
 
 
 class Experiment(NamedTuple):
-    """Settings to compare, and how the figure is drawn from the runs."""
+    """Settings to compare, how, and how the figure is drawn from the rows."""
 
     help: str
     settings: Sequence[Setting]
     draw: Callable[[Sequence[Row], Sequence[Setting], str], Figure]
+    run: Callable[..., Report] = experiment.run
+    show: Callable[[Sequence[Row], Sequence[Setting]], None] = experiment.show
 
 
 EXPERIMENTS = {
+    "fig4": Experiment(
+        "Figures 4 and 5: a gradient in a ResNet-18, before and after each function",
+        settings.BEYOND,
+        maps.draw,
+        maps.run,
+        maps.show,
+    ),
     "table1": Experiment(
         "Table I, CIFAR-10: dense and the three functions of the paper at 2:4",
         settings.TABLE1,
@@ -57,6 +66,13 @@ EXPERIMENTS = {
         settings.PRECISION,
         pictures.draw_accuracies,
     ),
+    "signal": Experiment(
+        "not in the paper: how far off pruned gradients are, over depth and training",
+        settings.BEYOND[1:],
+        signals.draw,
+        signals.run,
+        signals.show,
+    ),
 }
 
 
@@ -67,11 +83,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Train the paper's network on CIFAR-10 with several settings, from several "
         "seeds, by the paper's recipe; show accuracies and draw the figure. Runs that --out has "
         "already, of whatever table or figure, are not done again, so that an interrupted command "
-        "goes on where it was.",
+        "goes on where it was. fig4 and signal keep no runs, but gradients: they take an --out of "
+        "their own.",
         example="table1 --root DIR --out runs.json --picture table1.png",
     )
     add = parser.add_argument
-    names = "; ".join(f"{name}: {experiment.help}" for name, experiment in EXPERIMENTS.items())
+    names = "; ".join(f"{name}: {chosen.help}" for name, chosen in EXPERIMENTS.items())
     add("name", choices=list(EXPERIMENTS), metavar="NAME", help=names)
     add("--root", type=Path, required=True, metavar="DIR", help="folder of CIFAR-10")
     add("--seeds", type=positive(int), default=3, help="runs of each setting (%(default)s)")
@@ -87,11 +104,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--picture", type=Path, metavar="FILE", help="PNG file")
     parser.add_out()
     args = parser.parse_args(argv)
-    experiment = EXPERIMENTS[args.name]
+    chosen = EXPERIMENTS[args.name]
     recipe = cifar10.Recipe(args.epochs, args.batch, args.lr, args.width, args.dtype, args.compiler)
     compared = [
         dataclasses.replace(setting, dtype=setting.dtype or args.dtype)
-        for setting in experiment.settings
+        for setting in chosen.settings
     ]
     try:
         for path in (args.out, args.picture):
@@ -100,18 +117,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         data, test = cifar10.load(args.root, device)
         data = cifar10.fraction_of(data, args.fraction)
         test = cifar10.fraction_of(test, args.test_fraction)
-        report = run(compared, args.seeds, recipe, data, test, args.out)
+        report = chosen.run(compared, args.seeds, recipe, data, test, args.out)
     except ValueError as error:
         parser.error(str(error))
     except KeyboardInterrupt:
         return 130
-    show(report.rows, compared)
+    chosen.show(report.rows, compared)
     scale = describe(recipe, compared, len(data), len(test))
     print(scale)
     print(caption(args.name, report.environment))
     if args.picture is not None:
         title = f"{args.name}: CIFAR-10, {scale}"
-        pictures.save(experiment.draw(report.rows, compared, title), args.picture)
+        pictures.save(chosen.draw(report.rows, compared, title), args.picture)
     return 0
 
 

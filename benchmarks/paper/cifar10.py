@@ -173,12 +173,15 @@ def train(
     data: Images,
     test: Images,
     seed: int,
-    begin: Callable[[int], None] = lambda epoch: None,
+    watch: Callable[[int, nn.Module], None] = lambda done, network: None,
+    make: Callable[[int], nn.Module] = ResNet9,
 ) -> Run:
-    """Train a ResNet9 from seed and test it after each epoch.
+    """Train a network from seed and test it after each epoch.
 
     compile: arguments for torch.compile.
-    begin: called with the number of each epoch as it begins.
+    watch: called ahead of each epoch and at the end, with the number of epochs that are done and
+        the network.
+    make: makes the network, of the recipe's width.
     Raises ValueError if there is no whole batch.
     """
     if len(data) < recipe.batch:
@@ -187,13 +190,13 @@ def train(
     torch.compiler.reset()
     device = data.labels.device
     torch.manual_seed(seed)
-    network = ResNet9(recipe.width).to(device)
+    network = make(recipe.width).to(device)
     network = network.to(memory_format=torch.channels_last)
     step = make_step(network, recipe, compile)
     generator = torch.Generator().manual_seed(seed)
     run, total = Run(), len(data) // recipe.batch
     for epoch in range(recipe.epochs):
-        begin(epoch)
+        watch(epoch, network)
         network.train()
         start, losses = perf_counter(), []
         for i, (batch, draw) in enumerate(batches(data, recipe.batch, generator)):
@@ -201,6 +204,7 @@ def train(
         run.losses.append(torch.stack(losses).mean().item())
         run.seconds.append(perf_counter() - start)
         run.accuracies.append(accuracy(network, test, recipe))
+    watch(recipe.epochs, network)
     return run
 
 

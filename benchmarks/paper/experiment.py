@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from sdgp_fx import SDGPConfig
+from sdgp_fx import SDGPConfig, prune
 
 from ..report import Report, Row, environment
 from ..terminal import print_table, progress
@@ -51,6 +50,13 @@ class Setting:
         options = {f"sdgp.{name}": getattr(config, name) for name in (*OPTIONS, "inner")}
         return {"backend": "sdgp", "options": options}
 
+    def prune(self, gradient: Tensor) -> Tensor:
+        """A gradient (N, C, *spatial), pruned in eager mode."""
+        if self.config is None:
+            return gradient
+        n, m, function, rescale = (getattr(self.config, name) for name in OPTIONS)
+        return self.scale * prune(gradient, n, m, prune=function, rescale=rescale)
+
     def facts(self) -> dict[str, Any]:
         """What makes a run be of this setting, whatever its name."""
         config = self.config
@@ -71,45 +77,53 @@ def run(
     settings: with their dtypes.
     Raises ValueError if the file holds runs of another recipe or other data.
     """
-    report = resume(facts_of(recipe, data, test), data.labels.device, path)
+    facts = facts_of(recipe, data, test)
+    del facts["dtype"]  # Runs have their own.
+    report = resume("paper", facts, data.labels.device, path)
     missing = [
         (setting, seed)
         for seed in range(seeds)
         for setting in settings
         if seed not in accuracies(report.rows, setting)
     ]
-    start, total = perf_counter(), len(missing) * recipe.epochs
-    with progress(total) as show_progress:
-
-        def begin(number: int, setting: Setting, seed: int, epoch: int) -> None:
-            done = number * recipe.epochs + epoch
-            left = time_left(perf_counter() - start, done, total)
-            show_progress(f"{setting.name}, seed {seed}, epoch {epoch + 1}{left}")
-
-        for number, (setting, seed) in enumerate(missing):
+    with progress(len(missing) * recipe.epochs, estimate=True) as begin:
+        for setting, seed in missing:
             own = dataclasses.replace(recipe, dtype=setting.dtype or recipe.dtype)
-            begin_epoch = functools.partial(begin, number, setting, seed)
-            result = train(own, setting.compile(own.compiler), data, test, seed, begin_epoch)
+            watch = epochs_of(f"{setting.name}, seed {seed}", recipe, begin)
+            result = train(own, setting.compile(own.compiler), data, test, seed, watch)
             report.add([make_row(setting, seed, result)])
     return report
 
 
+def epochs_of(
+    name: str, recipe: Recipe, begin: Callable[[str], None]
+) -> Callable[[int, nn.Module], None]:
+    """What calls begin with the name of a run, and the epoch's number, as each epoch begins."""
+
+    def watch(done: int, network: nn.Module) -> None:
+        if done < recipe.epochs:
+            begin(f"{name}, epoch {done + 1} of {recipe.epochs}")
+
+    return watch
+
+
 def facts_of(recipe: Recipe, data: Images, test: Images) -> dict[str, Any]:
-    """What all runs in a file have in common; they have their own dtypes."""
-    facts = {**dataclasses.asdict(recipe), "images": len(data), "test_images": len(test)}
-    del facts["dtype"]
-    return facts
+    """What all rows of a file have in common."""
+    return {**dataclasses.asdict(recipe), "images": len(data), "test_images": len(test)}
 
 
-def resume(facts: dict[str, Any], device: torch.device, path: Path | None) -> Report:
-    """The report at path, to go on with, or a new one."""
-    report = Report("paper", environment(device), facts, path)
+def resume(name: str, facts: dict[str, Any], device: torch.device, path: Path | None) -> Report:
+    """The report of this name at path, to go on with, or a new one.
+
+    Raises ValueError if there is another one.
+    """
+    report = Report(name, environment(device), facts, path)
     if path is None or not path.exists():
         return report
     stored = json.loads(path.read_text())
     if (stored["benchmark"], stored["settings"]) != (report.benchmark, facts):
         raise ValueError(
-            f"--out: expected a new file, or one of runs with {facts}, got {path}, which has "
+            f"--out: expected a new file, or one of {name} with {facts}, got {path}, which has "
             f"{stored['benchmark']} with {stored['settings']}"
         )
     report.rows += stored["rows"]
@@ -125,13 +139,6 @@ def make_row(setting: Setting, seed: int, result: Run) -> Row:
         "accuracy": result.accuracies[-1],
         **dataclasses.asdict(result),
     }
-
-
-def time_left(seconds: float, done: int, total: int) -> str:
-    """What the rest takes, if it takes what was done in so many seconds; "" if nothing was."""
-    if not done:
-        return ""
-    return f", about {seconds / done * (total - done) / 60:.0f} min left"
 
 
 def runs_of(rows: Sequence[Row], setting: Setting) -> list[Row]:
