@@ -95,20 +95,17 @@ class Small(nn.Sequential):
         super().__init__(convolution(3, width), convolution(width, 12), pool, nn.Flatten())
 
 
-def test_training_dense_and_pruned(monkeypatch):
+def test_training_twice(monkeypatch):
     monkeypatch.setattr(cifar10, "ResNet9", Small)
     data = images(16)
     pruned = Setting("pruned", SDGPConfig(prune="random"))
     # In one process more networks are trained than Dynamo compiles a function for.
     with torch._dynamo.config.patch(recompile_limit=1):
-        dense, once, again = (
-            cifar10.train(TINY, setting.compile("aot_eager"), data, data, 0)
-            for setting in (Setting("dense"), pruned, pruned)
+        once, again = (
+            cifar10.train(TINY, pruned.compile("aot_eager"), data, data, 0) for _ in range(2)
         )
     assert once == replace(again, seconds=once.seconds)
-    assert dense.losses[1] != once.losses[1]
-    assert dense.losses[1] == pytest.approx(once.losses[1], rel=0.1)
-    assert len(dense.accuracies) == 2
+    assert len(once.losses) == len(once.accuracies) == 2
 
 
 @pytest.mark.parametrize("compiler", INNER_COMPILERS)
@@ -307,10 +304,8 @@ def test_command(name, trained, tmp_path, monkeypatch, capsys):
     assert picture.read_bytes().startswith(b"\x89PNG")
     runs = {"fig4": 1, "signal": 2}.get(name, 2 * len(EXPERIMENTS[name].settings))
     assert len(trained) == runs
-    picture.unlink()
-    assert main([name, *arguments, "--picture", str(picture), "--out", str(out)]) == 0
+    assert main([name, *arguments, "--out", str(out)]) == 0
     assert len(trained) == runs
-    assert picture.exists()
     said = capsys.readouterr().out
     assert "training images 5 (paper: 50000), test images 10 (paper: 10000)" in said
     assert "paper's recipe" not in said

@@ -144,8 +144,7 @@ def describe(
         *((name, getattr(recipe, name), getattr(paper, name)) for name in _SHOWN),
         ("dtype", " and ".join(dtypes), paper.dtype),
     ]
-    other = [f"{name} {own} (paper: {papers})" for name, own, papers in facts if own != papers]
-    return ", ".join(other) or "the paper's recipe"
+    return experiment.against_paper(facts)
 
 
 def share(text: str) -> float:

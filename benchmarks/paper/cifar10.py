@@ -160,11 +160,13 @@ def learning_rate(epoch: float, recipe: Recipe) -> float:
 
     With fewer than 150 epochs the peak comes after the same share of them.
     """
-    peak = PEAK_EPOCH * recipe.epochs / EPOCHS
-    first = FIRST_LR / PEAK_LR
-    if epoch < peak:
-        return recipe.lr * (first + (1 - first) * epoch / peak)
-    return recipe.lr * (recipe.epochs - epoch) / (recipe.epochs - peak)
+    peak = PEAK_EPOCH / EPOCHS
+    return recipe.lr * up_and_down(epoch / recipe.epochs, peak, FIRST_LR / PEAK_LR)
+
+
+def up_and_down(done: float, peak: float, first: float) -> float:
+    """A line from first up to 1 and one down to 0; done and peak are shares of the training."""
+    return first + (1 - first) * done / peak if done < peak else (1 - done) / (1 - peak)
 
 
 def train(
@@ -220,7 +222,7 @@ def make_step(
     @torch.compile(fullgraph=True, **compile)
     def loss_of(images: Tensor, labels: Tensor, draw: Draw) -> Tensor:
         inputs = augment(images, draw).contiguous(memory_format=torch.channels_last)
-        with autocast(device, recipe):
+        with autocast(device, recipe.dtype):
             logits = network(inputs)
         return F.cross_entropy(logits.float(), labels, label_smoothing=LABEL_SMOOTHING)
 
@@ -228,27 +230,34 @@ def make_step(
     scaler = torch.amp.GradScaler(device.type, enabled=recipe.dtype == "float16")
 
     def step(batch: Images, draw: Draw, lr: float) -> Tensor:
-        for group in optimizer.param_groups:
-            group["lr"] = lr
         loss = loss_of(batch.images, batch.labels, draw)
-        optimizer.zero_grad()
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
+        update(loss, optimizer, scaler, lr)
         return loss.detach()
 
     return step
 
 
-def make_optimizer(network: nn.Module) -> torch.optim.Optimizer:
-    """SGD with momentum, and weight decay of all weights but BatchNorm's."""
+def update(
+    loss: Tensor, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, lr: float
+) -> None:
+    """A step of the optimizer along the loss's gradient."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.zero_grad()
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+
+
+def make_optimizer(network: nn.Module, weight_decay: float = WEIGHT_DECAY) -> torch.optim.Optimizer:
+    """SGD with momentum, and weight decay of all parameters but BatchNorm's."""
     decayed: list[nn.Parameter] = []
     free: list[nn.Parameter] = []
     for module in network.modules():
         group = free if isinstance(module, nn.BatchNorm2d) else decayed
         group += module.parameters(recurse=False)
     groups: list[dict[str, Any]] = [
-        {"params": decayed, "weight_decay": WEIGHT_DECAY},
+        {"params": decayed, "weight_decay": weight_decay},
         {"params": free},
     ]
     return torch.optim.SGD(groups, lr=FIRST_LR, momentum=MOMENTUM, weight_decay=0, fused=True)
@@ -262,13 +271,13 @@ def accuracy(network: nn.Module, test: Images, recipe: Recipe) -> float:
     parts = zip(test.images.split(recipe.batch), test.labels.split(recipe.batch), strict=True)
     for images, labels in parts:
         inputs = normalize(images).contiguous(memory_format=torch.channels_last)
-        with autocast(inputs.device, recipe):
+        with autocast(inputs.device, recipe.dtype):
             logits = network(inputs) + network(inputs.flip(3))
         right += (logits.argmax(1) == labels).sum()
     return right.item() / len(test)
 
 
-def autocast(device: torch.device, recipe: Recipe) -> torch.autocast:
-    """Half precision, unless the recipe's is float32."""
-    dtype = getattr(torch, recipe.dtype)
+def autocast(device: torch.device, name: str) -> torch.autocast:
+    """In the dtype of this name; float32 is without."""
+    dtype = getattr(torch, name)
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)

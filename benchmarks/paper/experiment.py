@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +186,12 @@ def show(rows: Sequence[Row], settings: Sequence[Setting]) -> None:
     print_table(
         ["setting", "seeds", "accuracy %", "std", "to dense", "std error", "paper %"], cells
     )
+
+
+def against_paper(facts: Iterable[tuple[str, Any, Any]]) -> str:
+    """What was not done as in the paper, from names, what was done, and what the paper did."""
+    other = [f"{name} {own} (paper: {papers})" for name, own, papers in facts if own != papers]
+    return ", ".join(other) or "the paper's recipe"
 
 
 def mean(values: Sequence[float]) -> float:
