@@ -14,7 +14,7 @@ from torch import nn
 from torchvision.models import resnet18
 
 from ..report import Report, Row
-from ..terminal import progress
+from ..terminal import print_table, progress
 from .cifar10 import Images, Recipe, normalize, train
 from .experiment import Setting, epochs_of, facts_of, resume, runs_of
 from .signals import backward, convolutions
@@ -82,7 +82,15 @@ def maps(
 
 
 def show(rows: Sequence[Row], settings: Sequence[Setting]) -> None:
-    """Print nothing: the picture is all there is to see."""
+    """Print how much of the maps is zero, and what becomes of their norms."""
+    first, *_ = (torch.tensor(row["maps"]) for row in rows)
+    cells = []
+    for setting in settings:
+        maps = torch.tensor(runs_of(rows, setting)[0]["maps"])
+        zeros = (maps == 0).double().mean().item()
+        l1, l2 = (maps.norm(p) / first.norm(p) for p in (1, 2))
+        cells.append([setting.name, f"{zeros:.1%}", f"{l1:.3f}", f"{l2:.3f}"])
+    print_table(["setting", "zeros", "sum |g|", "|g|"], cells)
 
 
 def draw(rows: Sequence[Row], settings: Sequence[Setting], title: str) -> Figure:
