@@ -100,7 +100,7 @@ def test_training_twice(monkeypatch):
     data = images(16)
     pruned = Setting("pruned", SDGPConfig(prune="random"))
     # In one process more networks are trained than Dynamo compiles a function for.
-    with torch._dynamo.config.patch(recompile_limit=1):
+    with torch._dynamo.config.patch(accumulated_recompile_limit=1):
         once, again = (
             cifar10.train(TINY, pruned.compile("aot_eager"), data, data, 0) for _ in range(2)
         )

@@ -6,11 +6,11 @@ it is unbiased, as dropout is.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx
-from torch._inductor.custom_graph_pass import get_hash_for_files
 
 from sdgp_fx import SDGPConfig
 from sdgp_fx.backend import PruneInputGrads, aot_eager
@@ -36,7 +36,7 @@ class ScaledPruning(PruneInputGrads):
             node.replace_all_uses_with(scaled, lambda user, own=scaled: user is not own)
 
     def uuid(self) -> Any | None:
-        return (super().uuid(), get_hash_for_files((__file__,), repr(self.scale)))
+        return (super().uuid(), self.scale, Path(__file__).read_text())
 
 
 def scaled(config: SDGPConfig, scale: float) -> dict[str, Any]:
