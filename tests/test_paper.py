@@ -262,7 +262,7 @@ def test_signals_of_a_layer():
     perfect = pytest.approx({"error": 0, "cosine": 1, "bias": 1})
     for row in rows:
         for signal in signals.SIGNALS:
-            # Nothing is pruned behind the last layer.
+            # Nothing is pruned after the last layer.
             last = signal == "arriving" and row["layer"] == 3
             assert (row[signal] == perfect) == (row["setting"] == "dense" or last)
     pruned = rows[0]["pruned"]

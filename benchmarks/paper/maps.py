@@ -17,6 +17,7 @@ from ..report import Report, Row
 from ..terminal import print_table, progress
 from .cifar10 import Images, Recipe, normalize, train
 from .experiment import Setting, epochs_of, facts_of, resume, runs_of
+from .pictures import entitle
 from .signals import backward, convolutions
 
 CHANNELS = 4
@@ -96,7 +97,7 @@ def show(rows: Sequence[Row], settings: Sequence[Setting]) -> None:
 def draw(rows: Sequence[Row], settings: Sequence[Setting], title: str) -> Figure:
     """A line of maps for each setting, exact zeros in red; a channel's colours are the same."""
     figure = Figure(figsize=(9, 2.1 * len(settings) + 1), dpi=110, layout="constrained")
-    figure.suptitle(title, x=0.01, ha="left", fontsize=9)
+    entitle(figure, title)
     grid: Any = figure.subplots(len(settings), CHANNELS, squeeze=False)
     colors = matplotlib.colormaps["gray"].with_extremes(bad="red")
     stored = [runs_of(rows, setting)[0] for setting in settings]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -82,9 +83,15 @@ def save(figure: Figure, path: Path) -> None:
     figure.savefig(path, format="png")
 
 
+def entitle(figure: Figure, title: str) -> None:
+    """Write title in as many lines as the figure is wide for."""
+    characters = int(figure.get_figwidth() * 13)
+    figure.suptitle(textwrap.fill(title, characters), x=0.01, ha="left", fontsize=10)
+
+
 def _figure(columns: int, title: str) -> tuple[Figure, Sequence[Axes]]:
     figure = Figure(figsize=(5.5 * columns + 2, 4.5), dpi=150, layout="constrained")
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    entitle(figure, title)
     grid: Any = figure.subplots(1, columns, squeeze=False)[0]
     for axes in grid:
         axes.grid(alpha=0.3)

@@ -21,6 +21,7 @@ from ..report import Report, Row
 from ..terminal import print_table, progress
 from .cifar10 import LABEL_SMOOTHING, Images, Recipe, normalize, train
 from .experiment import Setting, epochs_of, facts_of, mean, resume, runs_of
+from .pictures import entitle
 
 # What a layer's pruned gradient p is compared by with its gradient g.
 MEASURES = {
@@ -32,7 +33,7 @@ MEASURES = {
 SIGNALS = {
     "pruned": "the layer's gradient, pruned",
     "input": "the input gradient that it leads to",
-    "arriving": "what arrives, all layers behind pruned",
+    "arriving": "what arrives, all layers after it pruned",
 }
 PARTS = 4
 
@@ -205,7 +206,7 @@ def show(rows: Sequence[Row], settings: Sequence[Setting]) -> None:
 def draw(rows: Sequence[Row], settings: Sequence[Setting], title: str) -> Figure:
     """Each measure over the layers at the end of training; in the last row over training."""
     figure = Figure(figsize=(15, 14), dpi=110, layout="constrained")
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    entitle(figure, title)
     grid: Any = figure.subplots(len(SIGNALS) + 1, len(MEASURES), squeeze=False)
     last = max(row["epoch"] for row in rows)
     at_end = [row for row in rows if row["epoch"] == last]
