@@ -199,20 +199,12 @@ def train(
             torch.manual_seed(number(seed, epoch, process.rank))
             data.transform = training_transform(resolution(epoch, recipe))
             loader = training_batches(data, epoch, seed, recipe, workers, process)
-            compiled.train()
-            start, losses = perf_counter(), []
-            for i, (images, labels) in enumerate(loader):
-                with autocast(process.device, recipe.dtype):
-                    logits = compiled(prepare(images, process.device))
-                labels = labels.to(process.device)
-                loss = F.cross_entropy(logits.float(), labels, label_smoothing=LABEL_SMOOTHING)
-                lr = learning_rate(epoch + i / len(loader), recipe)
-                update(loss, optimizer, scaler, lr)
-                losses.append(loss.detach())
+            start = perf_counter()
+            loss = train_epoch(compiled, optimizer, scaler, loader, epoch, recipe, process.device)
             row = {
                 "epoch": epoch + 1,
                 "size": resolution(epoch, recipe),
-                "loss": sum_over(process, torch.stack(losses).mean()) / process.count,
+                "loss": sum_over(process, loss) / process.count,
                 "seconds": perf_counter() - start,
                 "accuracy": accuracy(network, test, recipe, workers, process),
             }
@@ -220,6 +212,28 @@ def train(
                 keep(path, facts, [*report.rows, row], parts)
             report.add([row])
     return report
+
+
+def train_epoch(
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    loader: DataLoader[Any],
+    epoch: int,
+    recipe: Recipe,
+    device: torch.device,
+) -> Tensor:
+    """Train on all batches; return the mean loss."""
+    network.train()
+    losses = []
+    for i, (images, labels) in enumerate(loader):
+        with autocast(device, recipe.dtype):
+            logits = network(prepare(images, device))
+        labels = labels.to(device, non_blocking=True)
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=LABEL_SMOOTHING)
+        update(loss, optimizer, scaler, learning_rate(epoch + i / len(loader), recipe))
+        losses.append(loss.detach())
+    return torch.stack(losses).mean()
 
 
 def folder(root: Path, part: str) -> ImageFolder:
@@ -310,7 +324,13 @@ def prepare(images: Tensor, device: torch.device) -> Tensor:
 def accuracy(
     network: nn.Module, test: ImageFolder, recipe: Recipe, workers: int, process: Process
 ) -> float:
-    """The share of test images that are classified right, by the image and its mirror image."""
+    """The share of test images that are classified right, by the image and its mirror image.
+
+    All processes test the network of the first; their running statistics differ.
+    """
+    if dist.is_initialized():
+        for buffer in network.buffers():
+            dist.broadcast(buffer, 0)
     network.eval()
     size = recipe.test_size
     test.transform = transforms.Compose(
