@@ -35,8 +35,8 @@ class Report:
         if self.path is not None:
             fields = ("benchmark", "environment", "settings")
             head = json.dumps({name: getattr(self, name) for name in fields}, indent=1)
-            rows = ",\n  ".join(map(json.dumps, self.rows))
-            write_text(self.path, f'{head[:-2]},\n "rows": [\n  {rows}\n ]\n}}\n')
+            lines = ",\n  ".join(map(json.dumps, self.rows))
+            write_text(self.path, f'{head[:-2]},\n "rows": [\n  {lines}\n ]\n}}\n')
 
 
 def write_text(path: Path, text: str) -> None:
