@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 
 @dataclasses.dataclass
 class Report:
-    """Rows, written to path (if there is one) whenever some are added."""
+    """Rows, written to path (if there is one), a line for each, whenever some are added."""
 
     benchmark: str
     environment: dict[str, Any]
@@ -33,13 +33,10 @@ class Report:
         """Append rows and save."""
         self.rows += rows
         if self.path is not None:
-            fields = ("benchmark", "environment", "settings", "rows")
-            write_json(self.path, {name: getattr(self, name) for name in fields})
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a file that is never there in part, whatever interrupts this."""
-    write_text(path, json.dumps(value, indent=1) + "\n")
+            fields = ("benchmark", "environment", "settings")
+            head = json.dumps({name: getattr(self, name) for name in fields}, indent=1)
+            lines = ",\n  ".join(map(json.dumps, self.rows))
+            write_text(self.path, f'{head[:-2]},\n "rows": [\n  {lines}\n ]\n}}\n')
 
 
 def write_text(path: Path, text: str) -> None:

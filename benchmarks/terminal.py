@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from time import perf_counter
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -24,12 +25,21 @@ def find_console() -> Console | None:
 
 
 @contextlib.contextmanager
-def progress(total: int) -> Iterator[Callable[[str], None]]:
-    """A function to call with the name of each of total tasks as it begins."""
+def progress(total: int, estimate: bool = False) -> Iterator[Callable[[str], None]]:
+    """A function to call with the name of each of total tasks as it begins.
+
+    estimate: say how long the rest takes, if tasks take about the same time.
+    """
     console = find_console()
     if console is None:
-        number = itertools.count(1)
-        yield lambda name: print(f"{next(number)}/{total} {name}", file=sys.stderr, flush=True)
+        number, start = itertools.count(), perf_counter()
+
+        def begin(name: str) -> None:
+            done = next(number)
+            left = time_left(perf_counter() - start, done, total) if estimate else ""
+            print(f"{done + 1}/{total} {name}{left}", file=sys.stderr, flush=True)
+
+        yield begin
         return
 
     from rich.progress import (
@@ -38,12 +48,14 @@ def progress(total: int) -> Iterator[Callable[[str], None]]:
         Progress,
         TextColumn,
         TimeElapsedColumn,
+        TimeRemainingColumn,
     )
 
     with Progress(
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
+        *([TextColumn("left"), TimeRemainingColumn()] if estimate else []),
         TextColumn("{task.description}", markup=False),
         console=console,
     ) as bar:
@@ -51,6 +63,13 @@ def progress(total: int) -> Iterator[Callable[[str], None]]:
         done = itertools.count()
         yield lambda name: bar.update(task, description=name, completed=next(done))
         bar.update(task, description="", completed=total)
+
+
+def time_left(seconds: float, done: int, total: int) -> str:
+    """What the rest takes, if it takes what was done in so many seconds; "" if nothing was."""
+    if not done:
+        return ""
+    return f", about {seconds / done * (total - done) / 60:.0f} min left"
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -260,7 +260,7 @@ def test_memory_is_not_measured_on_the_cpu():
 
 def test_a_file_is_replaced_as_a_whole(tmp_path, monkeypatch):
     path = tmp_path / "out.json"
-    report.write_json(path, [1])
+    report.write_text(path, "[1]")
     write = Path.write_text
 
     def interrupted(self, text):
@@ -269,7 +269,7 @@ def test_a_file_is_replaced_as_a_whole(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "write_text", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        report.write_json(path, [2])
+        report.write_text(path, "[2]")
     assert json.loads(path.read_text()) == [1]
 
 
@@ -321,12 +321,13 @@ def console(monkeypatch):
 
 
 def test_progress_and_table_on_a_terminal(console):
-    with terminal.progress(3) as begin:
+    with terminal.progress(3, estimate=True) as begin:
         begin("[first]")
         begin("second")
     terminal.print_table(["name", "value"], [["a", "1.5"]])
     shown = console.file.getvalue()
     assert "3/3" in shown
+    assert "left" in shown
     assert "│ a    │   1.5 │" in shown
 
 

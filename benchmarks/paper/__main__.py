@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,27 +15,39 @@ from sdgp_fx.__main__ import positive
 from sdgp_fx.config import INNER_COMPILERS
 
 from .. import command
-from ..report import Row, caption
-from . import cifar10, pictures, settings, times
-from .experiment import Setting, run, show
+from ..report import Report, Row, caption
+from . import cifar10, experiment, maps, pictures, settings, signals, times
+from .experiment import Setting
+
+# Of a recipe, what can differ from the paper's.
+_SHOWN = ("epochs", "batch", "lr", "width")
 
 
 class Experiment(NamedTuple):
-    """Settings to compare, and how the figure is drawn from the runs."""
+    """Settings to compare, how, and how the figure is drawn from the rows."""
 
     help: str
     settings: Sequence[Setting]
     draw: Callable[[Sequence[Row], Sequence[Setting], str], Figure]
+    run: Callable[..., Report] = experiment.run
+    show: Callable[[Sequence[Row], Sequence[Setting]], None] = experiment.show
 
 
 EXPERIMENTS = {
+    "fig4": Experiment(
+        "Figures 4 and 5: a gradient in a ResNet-18, before and after each function",
+        settings.BEYOND,
+        maps.draw,
+        maps.run,
+        maps.show,
+    ),
     "table1": Experiment(
         "Table I, CIFAR-10: dense and the three functions of the paper at 2:4",
         settings.TABLE1,
         pictures.draw_accuracies,
     ),
     "fig6": Experiment(
-        "Figures 6 and 7: loss and accuracy by epoch; takes table1's runs, if --out has them",
+        "Figures 6 and 7: loss and accuracy by epoch, of the settings of Table I",
         settings.TABLE1,
         pictures.draw_curves,
     ),
@@ -44,9 +57,21 @@ EXPERIMENTS = {
         pictures.draw_pattern,
     ),
     "beyond": Experiment(
-        "not in the paper: mvue, and the scopes of the rescaled magnitude",
+        "not in the paper: also random times m/n, mvue, and the scopes of the rescaled magnitude",
         settings.BEYOND,
         pictures.draw_accuracies,
+    ),
+    "precision": Experiment(
+        "not in the paper: float16 beside bfloat16",
+        settings.PRECISION,
+        pictures.draw_accuracies,
+    ),
+    "signal": Experiment(
+        "not in the paper: how far off pruned gradients are, over depth and training",
+        settings.BEYOND[1:],
+        signals.draw,
+        signals.run,
+        signals.show,
     ),
 }
 
@@ -60,12 +85,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         "paper",
         description="Train the paper's network on CIFAR-10 with several settings, from several "
         "seeds, by the paper's recipe; show accuracies and draw the figure. Runs that --out has "
-        "already are not done again, so that an interrupted command goes on where it was. "
-        "fig9 and fig10 train nothing, and have a --help of their own.",
-        example="table1 --root DIR --out table1.json --picture table1.png",
+        "already, of whatever table or figure, are not done again, so that an interrupted command "
+        "goes on where it was. fig4 and signal keep no runs, but gradients: they take an --out of "
+        "their own. fig9 and fig10 train nothing, and have a --help of their own.",
+        example="table1 --root DIR --out runs.json --picture table1.png",
     )
     add = parser.add_argument
-    names = "; ".join(f"{name}: {experiment.help}" for name, experiment in EXPERIMENTS.items())
+    names = "; ".join(f"{name}: {chosen.help}" for name, chosen in EXPERIMENTS.items())
     add("name", choices=list(EXPERIMENTS), metavar="NAME", help=names)
     add("--root", type=Path, required=True, metavar="DIR", help="folder of CIFAR-10")
     add("--seeds", type=positive(int), default=3, help="runs of each setting (%(default)s)")
@@ -74,50 +100,54 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--lr", type=positive(float), default=cifar10.PEAK_LR, help="the peak's (%(default)s)")
     width = "channels of the first layer (%(default)s)"
     add("--width", type=positive(int), default=128, help=width)
-    add("--fraction", type=share, default=1.0, help="of the images, for training and for the test")
+    add("--fraction", type=share, default=1.0, help="of the training images (%(default)s)")
+    add("--test-fraction", type=share, default=1.0, help="of the test images (%(default)s)")
     parser.add_dtype(command.DTYPES, "float16", "of autocast")
     add("--compiler", choices=INNER_COMPILERS, default="inductor", help="(%(default)s)")
     add("--picture", type=Path, metavar="FILE", help="PNG file")
     parser.add_out()
     args = parser.parse_args(argv)
-    experiment = EXPERIMENTS[args.name]
+    chosen = EXPERIMENTS[args.name]
     recipe = cifar10.Recipe(args.epochs, args.batch, args.lr, args.width, args.dtype, args.compiler)
+    compared = [
+        dataclasses.replace(setting, dtype=setting.dtype or args.dtype)
+        for setting in chosen.settings
+    ]
     try:
         for path in (args.out, args.picture):
             command.check_out(path)
         device = command.find_device(args.device)
-        data, test = (
-            cifar10.fraction_of(part, args.fraction) for part in cifar10.load(args.root, device)
-        )
-        # Figures 6 and 7 are drawn from the runs of Table I.
-        name = "table1" if args.name == "fig6" else args.name
-        report = run(name, experiment.settings, args.seeds, recipe, data, test, args.out)
+        data, test = cifar10.load(args.root, device)
+        data = cifar10.fraction_of(data, args.fraction)
+        test = cifar10.fraction_of(test, args.test_fraction)
+        report = chosen.run(compared, args.seeds, recipe, data, test, args.out)
     except ValueError as error:
         parser.error(str(error))
     except KeyboardInterrupt:
         return 130
-    show(report.rows, experiment.settings)
-    scale = describe(recipe, len(data))
+    chosen.show(report.rows, compared)
+    scale = describe(recipe, compared, len(data), len(test))
     print(scale)
-    print(caption(name, report.environment))
+    print(caption(args.name, report.environment))
     if args.picture is not None:
         title = f"{args.name}: CIFAR-10, {scale}"
-        pictures.save(experiment.draw(report.rows, experiment.settings, title), args.picture)
+        pictures.save(chosen.draw(report.rows, compared, title), args.picture)
     return 0
 
 
-def describe(recipe: cifar10.Recipe, images: int) -> str:
-    """What was trained, and where that is less than the paper's recipe."""
+def describe(
+    recipe: cifar10.Recipe, compared: Sequence[Setting], images: int, test_images: int
+) -> str:
+    """What was trained, and where that is not the paper's recipe."""
     paper = cifar10.Recipe()
-    less = [
-        f"{name} {getattr(recipe, name)} (paper: {getattr(paper, name)})"
-        for name in ("epochs", "batch", "lr", "width", "dtype")
-        if getattr(recipe, name) != getattr(paper, name)
+    dtypes = sorted({setting.dtype or recipe.dtype for setting in compared})
+    facts = [
+        ("training images", images, 50_000),
+        ("test images", test_images, 10_000),
+        *((name, getattr(recipe, name), getattr(paper, name)) for name in _SHOWN),
+        ("dtype", " and ".join(dtypes), paper.dtype),
     ]
-    whole = 50_000
-    if images != whole:
-        less.insert(0, f"{images} images (paper: {whole})")
-    return ", ".join(less) or "the paper's recipe"
+    return experiment.against_paper(facts)
 
 
 def share(text: str) -> float:

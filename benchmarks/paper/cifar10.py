@@ -8,9 +8,8 @@ every setting that is compared.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -19,8 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.datasets import CIFAR10
-
-from sdgp_fx import sdgp
 
 from .resnet9 import ResNet9
 
@@ -163,61 +160,69 @@ def learning_rate(epoch: float, recipe: Recipe) -> float:
 
     With fewer than 150 epochs the peak comes after the same share of them.
     """
-    peak = PEAK_EPOCH * recipe.epochs / EPOCHS
-    first = FIRST_LR / PEAK_LR
-    if epoch < peak:
-        return recipe.lr * (first + (1 - first) * epoch / peak)
-    return recipe.lr * (recipe.epochs - epoch) / (recipe.epochs - peak)
+    peak = PEAK_EPOCH / EPOCHS
+    return recipe.lr * up_and_down(epoch / recipe.epochs, peak, FIRST_LR / PEAK_LR)
+
+
+def up_and_down(done: float, peak: float, first: float) -> float:
+    """A line from first up to 1 and one down to 0; done and peak are shares of the training."""
+    return first + (1 - first) * done / peak if done < peak else (1 - done) / (1 - peak)
 
 
 def train(
     recipe: Recipe,
-    options: dict[str, Any] | None,
+    compile: Mapping[str, Any],
     data: Images,
     test: Images,
     seed: int,
-    report: Callable[[Run], None] = lambda run: None,
+    watch: Callable[[int, nn.Module], None] = lambda done, network: None,
+    make: Callable[[int], nn.Module] = ResNet9,
 ) -> Run:
-    """Train a ResNet9 from seed and test it after each epoch.
+    """Train a network from seed and test it after each epoch.
 
-    options: of the backend "sdgp"; None trains with dense gradients.
-    report: called after each epoch.
+    compile: arguments for torch.compile.
+    watch: called ahead of each epoch and at the end, with the number of epochs that are done and
+        the network.
+    make: makes the network, of the recipe's width.
     Raises ValueError if there is no whole batch.
     """
     if len(data) < recipe.batch:
         raise ValueError(f"--batch: expected at most {len(data)}, the images, got {recipe.batch}")
+    # Dynamo counts the networks that it has compiled a step for, and ends at 256.
+    torch.compiler.reset()
     device = data.labels.device
     torch.manual_seed(seed)
-    network = ResNet9(recipe.width).to(device)
+    network = make(recipe.width).to(device)
     network = network.to(memory_format=torch.channels_last)
-    step = make_step(network, recipe, options)
+    step = make_step(network, recipe, compile)
     generator = torch.Generator().manual_seed(seed)
     run, total = Run(), len(data) // recipe.batch
     for epoch in range(recipe.epochs):
+        watch(epoch, network)
         network.train()
-        begin, losses = perf_counter(), []
+        start, losses = perf_counter(), []
         for i, (batch, draw) in enumerate(batches(data, recipe.batch, generator)):
             losses.append(step(batch, draw, learning_rate(epoch + i / total, recipe)))
         run.losses.append(torch.stack(losses).mean().item())
-        run.seconds.append(perf_counter() - begin)
+        run.seconds.append(perf_counter() - start)
         run.accuracies.append(accuracy(network, test, recipe))
-        report(run)
+    watch(recipe.epochs, network)
     return run
 
 
 def make_step(
-    network: nn.Module, recipe: Recipe, options: dict[str, Any] | None
+    network: nn.Module, recipe: Recipe, compile: Mapping[str, Any]
 ) -> Callable[[Images, Draw, float], Tensor]:
-    """A function that does a training step at a learning rate and returns the loss."""
-    device = next(network.parameters()).device
-    backend: Any = recipe.compiler
-    if options is not None:
-        backend = functools.partial(sdgp, options={"sdgp.inner": recipe.compiler, **options})
+    """A function that does a training step at a learning rate and returns the loss.
 
-    @torch.compile(backend=backend)
+    compile: arguments for torch.compile.
+    """
+    device = next(network.parameters()).device
+
+    @torch.compile(fullgraph=True, **compile)
     def loss_of(images: Tensor, labels: Tensor, draw: Draw) -> Tensor:
         inputs = augment(images, draw).contiguous(memory_format=torch.channels_last)
-        with autocast(device, recipe):
+        with autocast(device, recipe.dtype):
             logits = network(inputs)
         return F.cross_entropy(logits.float(), labels, label_smoothing=LABEL_SMOOTHING)
 
@@ -225,27 +230,34 @@ def make_step(
     scaler = torch.amp.GradScaler(device.type, enabled=recipe.dtype == "float16")
 
     def step(batch: Images, draw: Draw, lr: float) -> Tensor:
-        for group in optimizer.param_groups:
-            group["lr"] = lr
         loss = loss_of(batch.images, batch.labels, draw)
-        optimizer.zero_grad()
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
+        update(loss, optimizer, scaler, lr)
         return loss.detach()
 
     return step
 
 
-def make_optimizer(network: nn.Module) -> torch.optim.Optimizer:
-    """SGD with momentum, and weight decay of all weights but BatchNorm's."""
+def update(
+    loss: Tensor, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, lr: float
+) -> None:
+    """A step of the optimizer along the loss's gradient."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.zero_grad()
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+
+
+def make_optimizer(network: nn.Module, weight_decay: float = WEIGHT_DECAY) -> torch.optim.Optimizer:
+    """SGD with momentum, and weight decay of all parameters but BatchNorm's."""
     decayed: list[nn.Parameter] = []
     free: list[nn.Parameter] = []
     for module in network.modules():
         group = free if isinstance(module, nn.BatchNorm2d) else decayed
         group += module.parameters(recurse=False)
     groups: list[dict[str, Any]] = [
-        {"params": decayed, "weight_decay": WEIGHT_DECAY},
+        {"params": decayed, "weight_decay": weight_decay},
         {"params": free},
     ]
     return torch.optim.SGD(groups, lr=FIRST_LR, momentum=MOMENTUM, weight_decay=0, fused=True)
@@ -259,13 +271,13 @@ def accuracy(network: nn.Module, test: Images, recipe: Recipe) -> float:
     parts = zip(test.images.split(recipe.batch), test.labels.split(recipe.batch), strict=True)
     for images, labels in parts:
         inputs = normalize(images).contiguous(memory_format=torch.channels_last)
-        with autocast(inputs.device, recipe):
+        with autocast(inputs.device, recipe.dtype):
             logits = network(inputs) + network(inputs.flip(3))
         right += (logits.argmax(1) == labels).sum()
     return right.item() / len(test)
 
 
-def autocast(device: torch.device, recipe: Recipe) -> torch.autocast:
-    """Half precision, unless the recipe's is float32."""
-    dtype = getattr(torch, recipe.dtype)
+def autocast(device: torch.device, name: str) -> torch.autocast:
+    """In the dtype of this name; float32 is without."""
+    dtype = getattr(torch, name)
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)

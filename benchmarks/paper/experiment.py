@@ -6,31 +6,65 @@ import dataclasses
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
+from sdgp_fx import SDGPConfig, prune
 
 from ..report import Report, Row, environment
 from ..terminal import print_table, progress
 from .cifar10 import Images, Recipe, Run, train
+from .scaled import scaled
+
+# What settings differ in, of SDGPConfig.
+OPTIONS = ("n", "m", "prune", "rescale")
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What is compared: a name, and options of the backend "sdgp"; None for dense gradients.
+    """What is compared: a name, and how gradients are pruned; None for dense gradients.
 
+    config: read for what is in OPTIONS.
     paper: the test accuracy that McDanel et al. report, in percent.
+    scale: what pruned gradients are multiplied by.
+    dtype: of autocast; None for the recipe's.
     """
 
     name: str
-    options: Mapping[str, Any] | None = None
+    config: SDGPConfig | None = None
     paper: float | None = None
+    scale: float = 1.0
+    dtype: str | None = None
+
+    def compile(self, compiler: str) -> dict[str, Any]:
+        """Arguments for torch.compile, with this compiler inside."""
+        if self.config is None:
+            return {"backend": compiler}
+        config = dataclasses.replace(self.config, inner=compiler)
+        if self.scale != 1:
+            return scaled(config, self.scale)
+        options = {f"sdgp.{name}": getattr(config, name) for name in (*OPTIONS, "inner")}
+        return {"backend": "sdgp", "options": options}
+
+    def prune(self, gradient: Tensor) -> Tensor:
+        """A gradient (N, C, *spatial), pruned in eager mode."""
+        if self.config is None:
+            return gradient
+        n, m, function, rescale = (getattr(self.config, name) for name in OPTIONS)
+        return self.scale * prune(gradient, n, m, prune=function, rescale=rescale)
+
+    def facts(self) -> dict[str, Any]:
+        """What makes a run be of this setting, whatever its name."""
+        config = self.config
+        options = None if config is None else {name: getattr(config, name) for name in OPTIONS}
+        return {"options": options, "scale": self.scale, "dtype": self.dtype}
 
 
 def run(
-    name: str,
     settings: Sequence[Setting],
     seeds: int,
     recipe: Recipe,
@@ -40,40 +74,57 @@ def run(
 ) -> Report:
     """Train what is not in the file at path yet, all settings from a seed before the next seed.
 
+    settings: with their dtypes.
     Raises ValueError if the file holds runs of another recipe or other data.
     """
-    device = data.labels.device
-    facts = {**dataclasses.asdict(recipe), "images": len(data), "test_images": len(test)}
-    report = resume(name, facts, device, path)
-    done = {(row["setting"], row["seed"]) for row in report.rows}
+    facts = facts_of(recipe, data, test)
+    del facts["dtype"]  # Runs have their own.
+    report = resume("paper", facts, data.labels.device, path)
     missing = [
         (setting, seed)
         for seed in range(seeds)
         for setting in settings
-        if (setting.name, seed) not in done
+        if seed not in accuracies(report.rows, setting)
     ]
-    with progress(len(missing)) as begin:
-        spent: list[float] = []
-        for i, (setting, seed) in enumerate(missing):
-            left = f", about {time_left(spent, len(missing) - i)} left" if spent else ""
-            begin(f"{setting.name}, seed {seed}{left}")
-            options = None if setting.options is None else dict(setting.options)
-            result = train(recipe, options, data, test, seed)
-            spent.append(sum(result.seconds))
+    with progress(len(missing) * recipe.epochs, estimate=True) as begin:
+        for setting, seed in missing:
+            own = dataclasses.replace(recipe, dtype=setting.dtype or recipe.dtype)
+            watch = epochs_of(f"{setting.name}, seed {seed}", recipe, begin)
+            result = train(own, setting.compile(own.compiler), data, test, seed, watch)
             report.add([make_row(setting, seed, result)])
     return report
 
 
+def epochs_of(
+    name: str, recipe: Recipe, begin: Callable[[str], None]
+) -> Callable[[int, nn.Module], None]:
+    """What calls begin with the name of a run, and the epoch's number, as each epoch begins."""
+
+    def watch(done: int, network: nn.Module) -> None:
+        if done < recipe.epochs:
+            begin(f"{name}, epoch {done + 1} of {recipe.epochs}")
+
+    return watch
+
+
+def facts_of(recipe: Recipe, data: Images, test: Images) -> dict[str, Any]:
+    """What all rows of a file have in common."""
+    return {**dataclasses.asdict(recipe), "images": len(data), "test_images": len(test)}
+
+
 def resume(name: str, facts: dict[str, Any], device: torch.device, path: Path | None) -> Report:
-    """The report at path, to go on with, or a new one."""
+    """The report of this name at path, to go on with, or a new one.
+
+    Raises ValueError if there is another one.
+    """
     report = Report(name, environment(device), facts, path)
     if path is None or not path.exists():
         return report
     stored = json.loads(path.read_text())
-    if (stored["benchmark"], stored["settings"]) != (name, facts):
+    if (stored["benchmark"], stored["settings"]) != (report.benchmark, facts):
         raise ValueError(
-            f"--out: expected a new file, or runs of {name} with {facts}, got {path}, which has "
-            f"runs of {stored['benchmark']} with {stored['settings']}"
+            f"--out: expected a new file, or one of {name} with {facts}, got {path}, which has "
+            f"{stored['benchmark']} with {stored['settings']}"
         )
     report.rows += stored["rows"]
     return report
@@ -83,50 +134,64 @@ def make_row(setting: Setting, seed: int, result: Run) -> Row:
     """A run as it is kept."""
     return {
         "setting": setting.name,
-        "options": setting.options and dict(setting.options),
+        **setting.facts(),
         "seed": seed,
         "accuracy": result.accuracies[-1],
         **dataclasses.asdict(result),
     }
 
 
-def time_left(spent: Sequence[float], runs: int) -> str:
-    """Minutes that so many more runs take, if they take what those before did."""
-    return f"{statistics.fmean(spent) * runs / 60:.0f} min"
+def runs_of(rows: Sequence[Row], setting: Setting) -> list[Row]:
+    """The setting's rows, by whatever name."""
+    facts = setting.facts()
+    return [row for row in rows if all(row[key] == value for key, value in facts.items())]
 
 
 def accuracies(rows: Sequence[Row], setting: Setting) -> dict[int, float]:
     """The setting's test accuracy in percent, by seed."""
-    own = (row for row in rows if row["setting"] == setting.name)
-    return {row["seed"]: 100 * row["accuracy"] for row in own}
+    return {row["seed"]: 100 * row["accuracy"] for row in runs_of(rows, setting)}
+
+
+def less_dense(rows: Sequence[Row], setting: Setting) -> list[float]:
+    """By how many percent the setting's accuracy differs from that of dense gradients.
+
+    Seed by seed, as both runs start from the same weights and see the same batches.
+    """
+    dense = accuracies(rows, dataclasses.replace(setting, config=None, scale=1.0))
+    own = accuracies(rows, setting)
+    return [value - dense[seed] for seed, value in own.items() if seed in dense]
 
 
 def show(rows: Sequence[Row], settings: Sequence[Setting]) -> None:
-    """Print what each setting reaches, and how it differs from dense gradients.
+    """Print what each setting reaches, and how it differs from dense gradients of its dtype.
 
-    The difference is taken seed by seed, as both runs start from the same weights and see the
-    same batches; its standard error says how far off chance alone can put its mean.
+    The standard error of the difference says how far off chance alone can put its mean.
     """
-    dense = next((accuracies(rows, setting) for setting in settings if not setting.options), {})
     cells = []
     for setting in settings:
-        own = accuracies(rows, setting)
-        less = [value - dense[seed] for seed, value in own.items() if seed in dense]
+        own = list(accuracies(rows, setting).values())
+        less = less_dense(rows, setting) if setting.config else []
         error = deviation(less) / math.sqrt(len(less)) if less else math.nan
         cells.append(
             [
                 setting.name,
                 str(len(own)),
-                percent(mean(list(own.values()))),
-                percent(deviation(list(own.values()))),
-                percent(mean(less), "+") if setting.options else "-",
-                percent(error) if setting.options else "-",
+                percent(mean(own)),
+                percent(deviation(own)),
+                percent(mean(less), "+"),
+                percent(error),
                 "-" if setting.paper is None else f"{setting.paper:.1f}",
             ]
         )
     print_table(
         ["setting", "seeds", "accuracy %", "std", "to dense", "std error", "paper %"], cells
     )
+
+
+def against_paper(facts: Iterable[tuple[str, Any, Any]]) -> str:
+    """What was not done as in the paper, from names, what was done, and what the paper did."""
+    other = [f"{name} {own} (paper: {papers})" for name, own, papers in facts if own != papers]
+    return ", ".join(other) or "the paper's recipe"
 
 
 def mean(values: Sequence[float]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ..report import Row
-from .experiment import Setting, accuracies, mean
+from .experiment import Setting, accuracies, mean, runs_of
 
 
 def draw_accuracies(rows: Sequence[Row], settings: Sequence[Setting], title: str) -> Figure:
@@ -34,7 +35,7 @@ def draw_curves(rows: Sequence[Row], settings: Sequence[Setting], title: str) ->
     """Figures 6 and 7: training loss and test accuracy by epoch, the mean of all seeds."""
     figure, (left, right) = _figure(2, title)
     for setting in settings:
-        own = [row for row in rows if row["setting"] == setting.name]
+        own = runs_of(rows, setting)
         if not own:
             continue
         epochs = range(1, len(own[0]["losses"]) + 1)
@@ -61,10 +62,10 @@ def draw_pattern(rows: Sequence[Row], settings: Sequence[Setting], title: str) -
         own = list(accuracies(rows, setting).values())
         if not own:
             continue
-        if setting.options is None:
+        if setting.config is None:
             axes.axhline(mean(own), color="0.5", linestyle=":", label=setting.name)
             continue
-        n, m = setting.options["sdgp.n"], setting.options["sdgp.m"]
+        n, m = setting.config.n, setting.config.m
         lines.setdefault(m // n, []).append((m, mean(own), setting.paper))
     for ratio, points in sorted(lines.items()):
         sizes, means, _ = zip(*sorted(points), strict=True)
@@ -82,9 +83,15 @@ def save(figure: Figure, path: Path) -> None:
     figure.savefig(path, format="png")
 
 
+def entitle(figure: Figure, title: str) -> None:
+    """Write title in as many lines as the figure is wide for."""
+    characters = int(figure.get_figwidth() * 13)
+    figure.suptitle(textwrap.fill(title, characters), x=0.01, ha="left", fontsize=10)
+
+
 def _figure(columns: int, title: str) -> tuple[Figure, Sequence[Axes]]:
     figure = Figure(figsize=(5.5 * columns + 2, 4.5), dpi=150, layout="constrained")
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    entitle(figure, title)
     grid: Any = figure.subplots(1, columns, squeeze=False)[0]
     for axes in grid:
         axes.grid(alpha=0.3)

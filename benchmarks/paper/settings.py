@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from sdgp_fx import SDGPConfig
+
 from .experiment import Setting
 
 DENSE = Setting("dense", None, 95.3)
@@ -11,9 +13,9 @@ RESCALED = "rescaled_magnitude"
 # Table I, CIFAR-10, 2:4.
 TABLE1 = (
     DENSE,
-    Setting("random", {"sdgp.prune": "random"}, 94.5),
-    Setting("magnitude", {"sdgp.prune": "magnitude"}, 95.2),
-    Setting(RESCALED, {"sdgp.prune": RESCALED}, 95.2),
+    Setting("random", SDGPConfig(prune="random"), 94.5),
+    Setting("magnitude", SDGPConfig(prune="magnitude"), 95.2),
+    Setting(RESCALED, SDGPConfig(prune=RESCALED), 95.2),
 )
 
 # The authors' repository lists these beside Fig. 8.
@@ -33,17 +35,31 @@ _FIG8 = {
 FIG8 = (
     DENSE,
     *(
-        Setting(f"{n}:{m}", {"sdgp.n": n, "sdgp.m": m, "sdgp.prune": RESCALED}, paper)
+        Setting(f"{n}:{m}", SDGPConfig(n=n, m=m, prune=RESCALED), paper)
         for (n, m), paper in _FIG8.items()
     ),
 )
 
-# Not in the paper: the unbiased function, and the scopes of the rescaled one, at 2:4.
+# Not in the paper: random times m / n, the unbiased function, and the scopes of the rescaled one.
 BEYOND = (
-    DENSE,
-    Setting("mvue", {"sdgp.prune": "mvue"}),
+    *TABLE1[:2],
+    Setting("random times m / n", SDGPConfig(prune="random"), scale=2.0),
+    Setting("mvue", SDGPConfig(prune="mvue")),
+    TABLE1[2],
     *(
-        Setting(f"{RESCALED}, {scope}", {"sdgp.prune": RESCALED, "sdgp.rescale": scope})
+        Setting(f"{RESCALED}, {scope}", SDGPConfig(prune=RESCALED, rescale=scope))
         for scope in ("group", "feature_map", "channel")
     ),
+)
+
+# Not in the paper, which has half precision.
+PRECISION = tuple(
+    Setting(f"{name}, {dtype}", config, dtype=dtype)
+    for dtype in ("float16", "bfloat16")
+    for name, config in (
+        ("dense", None),
+        ("magnitude", SDGPConfig(prune="magnitude")),
+        (RESCALED, SDGPConfig(prune=RESCALED)),
+        ("mvue", SDGPConfig(prune="mvue")),
+    )
 )

@@ -1,0 +1,47 @@
+"""Pruned gradients times a number, which sdgp has no option for: random pruning made unbiased.
+
+"random" keeps n of m values as they are, so that its mean is n / m of the gradient. Times m / n
+it is unbiased, as dropout is.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from sdgp_fx import SDGPConfig
+from sdgp_fx.backend import PruneInputGrads, aot_eager
+from sdgp_fx.kernels import lowering  # noqa: F401  (Importing it registers it.)
+from sdgp_fx.kernels.op import PRUNE_NM
+
+
+class ScaledPruning(PruneInputGrads):
+    """The pass of sdgp, and what it prunes times scale."""
+
+    def __init__(self, config: SDGPConfig, scale: float) -> None:
+        super().__init__(config)
+        self.scale = scale
+
+    def __call__(self, graph: fx.Graph) -> None:
+        if graph.find_nodes(op="call_function", target=PRUNE_NM):
+            return  # Some torch builds run a pass twice.
+        super().__call__(graph)
+        for node in graph.find_nodes(op="call_function", target=PRUNE_NM):
+            with graph.inserting_after(node):
+                scaled = graph.call_function(torch.ops.aten.mul.Tensor, (node, self.scale))
+            scaled.meta = dict(node.meta)
+            node.replace_all_uses_with(scaled, lambda user, own=scaled: user is not own)
+
+    def uuid(self) -> Any | None:
+        return (super().uuid(), self.scale, Path(__file__).read_text())
+
+
+def scaled(config: SDGPConfig, scale: float) -> dict[str, Any]:
+    """What torch.compile takes to prune as config says and multiply by scale."""
+    rewrite = ScaledPruning(config, scale)
+    if config.inner == "aot_eager":
+        return {"backend": aot_eager(rewrite)}
+    return {"backend": "inductor", "options": {"joint_custom_pre_pass": rewrite}}

@@ -1,0 +1,233 @@
+"""What pruning does to the signal: gradients of a network, pruned and as they are, compared.
+
+The network is trained with dense gradients, so that all functions are held against the same ones.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor, nn
+from torch.nn.grad import conv2d_input
+
+from ..report import Report, Row
+from ..terminal import print_table, progress
+from .cifar10 import LABEL_SMOOTHING, Images, Recipe, normalize, train
+from .experiment import Setting, epochs_of, facts_of, mean, resume, runs_of
+from .pictures import entitle
+
+# What a layer's pruned gradient p is compared by with its gradient g.
+MEASURES = {
+    "error": "relative error |p - g| / |g|",
+    "cosine": "cosine <p, g> / |p| |g|",
+    "bias": "bias <p, g> / <g, g>",
+}
+# And what is compared so.
+SIGNALS = {
+    "pruned": "the layer's gradient, pruned",
+    "input": "the input gradient that it leads to",
+    "arriving": "what arrives, all layers after it pruned",
+}
+PARTS = 4
+
+
+def run(
+    settings: Sequence[Setting],
+    seeds: int,
+    recipe: Recipe,
+    data: Images,
+    test: Images,
+    path: Path | None,
+) -> Report:
+    """Train, dense, from each seed that is not in the file at path yet, and measure on the way.
+
+    A row for each seed, number of epochs that are done, setting and layer, in float32.
+    Raises ValueError if the file holds those of another recipe or other data.
+    """
+    report = resume("paper signal", facts_of(recipe, data, test), data.labels.device, path)
+    done = {row["seed"] for row in report.rows}
+    missing = [seed for seed in range(seeds) if seed not in done]
+    with progress(len(missing) * recipe.epochs, estimate=True) as begin:
+        for seed in missing:
+            rows = train_and_measure(settings, seed, recipe, data, test, begin)
+            report.add([{"seed": seed, **row} for row in rows])
+    return report
+
+
+def train_and_measure(
+    settings: Sequence[Setting],
+    seed: int,
+    recipe: Recipe,
+    data: Images,
+    test: Images,
+    begin: Callable[[str], None],
+) -> list[Row]:
+    """The rows of a training run, measured at its begin, its end, and PARTS - 1 times between.
+
+    begin: called with the name of each epoch as it begins.
+    """
+    rows: list[Row] = []
+    moments = {round(recipe.epochs * part / PARTS) for part in range(PARTS + 1)}
+    images, labels = data.images[: recipe.batch], data.labels[: recipe.batch]
+    show_epoch = epochs_of(f"dense, seed {seed}", recipe, begin)
+
+    def watch(done: int, network: nn.Module) -> None:
+        show_epoch(done, network)
+        if done in moments:
+            measured = measure(network, normalize(images), labels, settings)
+            rows.extend({"epoch": done, **row} for row in measured)
+
+    train(recipe, {"backend": recipe.compiler}, data, test, seed, watch)
+    return rows
+
+
+def measure(
+    network: nn.Module, images: Tensor, labels: Tensor, settings: Sequence[Setting]
+) -> list[Row]:
+    """A row for each setting and convolution but the first, which is not pruned.
+
+    images: (N, C, H, W), of floats.
+    """
+    network = copy.deepcopy(network).train()
+    first, *layers = convolutions(network)
+    dense = backward(network, images, labels)
+    rows = []
+    for setting in settings:
+        arriving = backward(network, images, labels, keep=first, prune=setting.prune)
+        for place, layer in enumerate(layers, start=2):
+            gradient, size = dense[layer]
+            pruned = setting.prune(gradient)
+            compared = {
+                "pruned": (pruned, gradient),
+                "input": (
+                    input_gradient(layer, size, pruned),
+                    input_gradient(layer, size, gradient),
+                ),
+                "arriving": (arriving[layer].gradient, gradient),
+            }
+            values = {name: compare(*pair) for name, pair in compared.items()}
+            rows.append({"setting": setting.name, **setting.facts(), "layer": place, **values})
+    return rows
+
+
+def convolutions(network: nn.Module) -> list[nn.Conv2d]:
+    """In the order of named_modules()."""
+    return [module for module in network.modules() if isinstance(module, nn.Conv2d)]
+
+
+class Backward(NamedTuple):
+    """What a convolution met: its output's gradient, and the shape of its input."""
+
+    gradient: Tensor
+    size: torch.Size
+
+
+def backward(
+    network: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    keep: nn.Module | None = None,
+    prune: Callable[[Tensor], Tensor] = lambda gradient: gradient,
+) -> dict[nn.Conv2d, Backward]:
+    """What each convolution meets in a backward pass in eager mode, with the recipe's loss.
+
+    prune: what a gradient becomes after it has arrived at a convolution, all but keep. The
+        gradients of weights are then pruned, too; no use is made of them.
+    """
+    met: dict[nn.Conv2d, Backward] = {}
+
+    def watch(layer: nn.Conv2d, inputs: tuple[Tensor], output: Tensor) -> None:
+        def arrive(gradient: Tensor) -> Tensor:
+            met[layer] = Backward(gradient, inputs[0].shape)
+            return gradient if layer is keep else prune(gradient)
+
+        output.register_hook(arrive)
+
+    hooks = [layer.register_forward_hook(watch) for layer in convolutions(network)]
+    F.cross_entropy(network(images), labels, label_smoothing=LABEL_SMOOTHING).backward()
+    for hook in hooks:
+        hook.remove()
+    return met
+
+
+def input_gradient(layer: nn.Conv2d, size: torch.Size, gradient: Tensor) -> Tensor:
+    """The gradient of the layer's input, of this size, that its output's gradient leads to."""
+    return conv2d_input(
+        size, layer.weight, gradient, layer.stride, layer.padding, layer.dilation, layer.groups
+    )
+
+
+def compare(pruned: Tensor, dense: Tensor) -> dict[str, float]:
+    """MEASURES of two gradients; NaN where there is none to compare with."""
+    p, g = pruned.double().flatten(), dense.double().flatten()
+    product, size = p @ g, g.norm()
+    return {
+        "error": ((p - g).norm() / size).item(),
+        "cosine": (product / (p.norm() * size)).item(),
+        "bias": (product / (g @ g)).item(),
+    }
+
+
+def averages(rows: Sequence[Row]) -> dict[tuple[str, str], float]:
+    """The mean over rows of each measure of each signal."""
+    return {
+        (signal, measure): mean([row[signal][measure] for row in rows])
+        for signal in SIGNALS
+        for measure in MEASURES
+    }
+
+
+def show(rows: Sequence[Row], settings: Sequence[Setting]) -> None:
+    """Print a table over depth, at the end of training, and one over training, of all layers."""
+    header = [f"{signal} {measure}" for signal in SIGNALS for measure in MEASURES]
+    last = max(row["epoch"] for row in rows)
+    for name, key, chosen in (
+        ("layer", "layer", [row for row in rows if row["epoch"] == last]),
+        ("epoch", "epoch", rows),
+    ):
+        cells = []
+        for setting in settings:
+            own = runs_of(chosen, setting)
+            for value in sorted({row[key] for row in own}):
+                means = averages([row for row in own if row[key] == value])
+                cells.append(
+                    [f"{setting.name}, {name} {value}", *(f"{m:.3f}" for m in means.values())]
+                )
+        print_table([f"setting, {name}", *header], cells)
+
+
+def draw(rows: Sequence[Row], settings: Sequence[Setting], title: str) -> Figure:
+    """Each measure over the layers at the end of training; in the last row over training."""
+    figure = Figure(figsize=(15, 14), dpi=110, layout="constrained")
+    entitle(figure, title)
+    grid: Any = figure.subplots(len(SIGNALS) + 1, len(MEASURES), squeeze=False)
+    last = max(row["epoch"] for row in rows)
+    at_end = [row for row in rows if row["epoch"] == last]
+    panels = [(signal, "layer", at_end) for signal in SIGNALS] + [("pruned", "epoch", rows)]
+    for line, (signal, key, chosen) in zip(grid, panels, strict=True):
+        for axes, (measure, formula) in zip(line, MEASURES.items(), strict=True):
+            for setting in settings:
+                own = runs_of(chosen, setting)
+                places = sorted({row[key] for row in own})
+                means = [
+                    averages([row for row in own if row[key] == place])[signal, measure]
+                    for place in places
+                ]
+                axes.plot(places, means, marker=".", label=setting.name)
+            where = "after the last epoch" if key == "layer" else "mean of the layers"
+            axes.set_title(f"{SIGNALS[signal]}, {where}", fontsize=9)
+            axes.set_ylabel(formula)
+            axes.set_xlabel(key)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.grid(alpha=0.3)
+            axes.spines[["top", "right"]].set_visible(False)
+    handles, names = grid[0][0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=4, frameon=False)
+    return figure
