@@ -9,6 +9,11 @@ from typing import Any
 
 from torch import fx
 
+from ..kernels.op import PRUNE_NM
+
+# In the meta of a grad_output of fewer channels: what has been decided of the layer.
+DECISION = "sdgp_decision"
+
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
@@ -18,6 +23,7 @@ class Layer:
     node: of the backward; it stands for the layer, and bears its name.
     grad_output: shape (N, C_out, *spatial); of a linear layer (..., C_out).
     weight: its output channels lie in dimension 0; if transposed, in dimension 1.
+    uses: of each value of grad_output, in the product, on average; an int or symbolic.
     has_input_grad: whether the product is computed and used.
     is_pruned: whether its grad_output is pruned already.
     feed: gives the product another grad_output and weight, and leaves everything else as it is.
@@ -29,6 +35,7 @@ class Layer:
     weight: fx.Node
     groups: int
     transposed: bool
+    uses: Any
     has_input_grad: bool
     is_pruned: bool
     feed: Callable[[fx.Node, fx.Node], None]
@@ -36,7 +43,12 @@ class Layer:
     @property
     def channels(self) -> Any:
         """C_out, an int or symbolic."""
-        return self.grad_output.meta["val"].shape[1 if self.kind == "conv" else -1]
+        return self.grad_output.meta["val"].shape[self.channel_dim]
+
+    @property
+    def channel_dim(self) -> int:
+        """Of grad_output."""
+        return 1 if self.kind == "conv" else self.grad_output.meta["val"].dim() - 1
 
     def module(self, roots: Collection[str] = ()) -> str:
         """The layer's name from the innermost entry of the forward's module stack.
@@ -45,6 +57,10 @@ class Layer:
         """
         stack = self.node.meta.get("fwd_nn_module_stack")
         return module_name(list(stack.values())[-1][0], roots) if stack else ""
+
+
+def is_pruned(grad_output: fx.Node) -> bool:
+    return grad_output.target is PRUNE_NM or DECISION in grad_output.meta
 
 
 def module_roots(gm: fx.GraphModule) -> frozenset[str]:
