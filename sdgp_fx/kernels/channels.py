@@ -17,8 +17,12 @@ def channel_norms(grad_output: Tensor, dim: int) -> Tensor:
 
     In float32; float64 for a float64 gradient.
     """
-    others = [d for d in range(grad_output.dim()) if d != dim]
-    return grad_output.abs().sum(others, dtype=accumulation_dtype(grad_output.dtype))
+    size, others = grad_output.abs(), [d for d in range(grad_output.dim()) if d != dim]
+    dtype = accumulation_dtype(grad_output.dtype)
+    if grad_output.device.type == "cpu" and len(others) > 1:
+        # Row by row, while a row is in the cache: Inductor's C++ has the channels as outer loop.
+        size = size.sum(others.pop(), dtype=dtype)
+    return size.sum(others, dtype=dtype)
 
 
 def take_channels(tensor: Tensor, index: Tensor, dim: int, is_channels_last: bool) -> Tensor:

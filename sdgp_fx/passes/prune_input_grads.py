@@ -197,8 +197,9 @@ def _scaled_weight(layer: Layer, config: SDGPConfig) -> fx.Node:
 def _draw(layers: list[Layer], config: SDGPConfig) -> dict[fx.Node, fx.Node]:
     """What each layer takes of random numbers, by its node, from one draw for each device.
 
-    That is a seed, or as many numbers as the choice of channels takes. The draw is an ordinary random operator of the backward: it follows torch.manual_seed, and
-    a captured CUDA graph replays it with fresh numbers.
+    That is a seed, or as many numbers as the choice of channels takes. The draw is an ordinary
+    random operator of the backward: it follows torch.manual_seed, and a captured CUDA graph
+    replays it with fresh numbers.
     """
     if config.prune not in op.STOCHASTIC:
         return {}
