@@ -51,7 +51,9 @@ class Compiler:
 
     def compile(self, name: str, model: nn.Module) -> Callable[[Tensor], Tensor]:
         """model compiled by STOCK or by sdgp, when it is first called within environment()."""
-        return torch.compile(model, backend=self.inner if name == STOCK else sdgp, mode=self.mode)
+        # A backend of its own: what Dynamo has compiled with an equal one it would use again.
+        backend = self.inner if name == STOCK else partial(sdgp)
+        return torch.compile(model, backend=backend, mode=self.mode)
 
     @contextlib.contextmanager
     def environment(self) -> Iterator[None]:
@@ -107,18 +109,9 @@ def plan(
     compiler = Compiler(mode, pruning, inner, cached)
     tasks = [Task("starting the compiler", partial(start_compiler, device, compiler))]
     for model in models:
-        arguments: tuple[Any, ...] = (
-            device,
-            model,
-            batch,
-            size,
-            dtype,
-            memory_format,
-            compiler,
-            compiles,
-        )
-        arguments += (cudnn_benchmark, seconds, also, clock)
-        tasks.append(Task(model, partial(measure, *arguments)))
+        arguments = (device, model, batch, size, dtype, memory_format, compiler, compiles)
+        settings = (cudnn_benchmark, seconds, also, clock)
+        tasks.append(Task(model, partial(measure, *arguments, *settings)))
     return tasks
 
 
