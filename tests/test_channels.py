@@ -1,5 +1,6 @@
 """Whole channels pruned: the choice held against loops, the graph against the definition."""
 
+import copy
 import itertools
 import math
 
@@ -176,31 +177,6 @@ def dense_half(gm):
     return node
 
 
-@pytest.mark.parametrize("name", CONVOLUTIONS)
-def test_rewrites_the_input_gradient_and_nothing_else(name):
-    gm = test_pass.layer_graph(name)
-    (before,) = gm.graph.find_nodes(op="call_function", target=CONVOLUTION_BACKWARD)
-    grad_output, x, weight, *others = before.args[:10]
-    has_bias = before.args[10][2]
-    (decision,) = prune_input_grads(gm.graph, always())
-    assert (decision.pruned, decision.reason) == (True, "")
-    assert decision.grad_output == tuple(grad_output.meta["val"].shape)
-
-    input_grad, weight_grad, _ = gradients(gm)
-    half = backward_of(input_grad)
-    assert half.args[1] is x
-    assert half.args[3:] == (*others, [True, False, False])
-    kept, taken = (node.meta["val"].shape for node in (half.args[0], half.args[2]))
-    channels, groups = decision.grad_output[1], others[-1]
-    assert kept == (decision.grad_output[0], channels // 2, *decision.grad_output[2:])
-    outputs = taken[1] * groups if decision.transposed else taken[0]
-    assert outputs == channels // 2
-    assert taken.numel() * 2 == weight.meta["val"].numel()
-    assert dense_half(gm) is backward_of(weight_grad)
-    assert dense_half(gm).args == (grad_output, x, weight, *others, [False, True, has_bias])
-    assert not gm.graph.find_nodes(op="call_function", target=PRUNE_NM)
-
-
 @pytest.mark.parametrize(
     ("name", "prune", "dtype"),
     [
@@ -209,22 +185,40 @@ def test_rewrites_the_input_gradient_and_nothing_else(name):
         ("conv2d", "magnitude", torch.float32),
     ],
 )
-def test_convolutions_give_the_same_numbers(name, prune, dtype):
+def test_rewrites_the_input_gradient_and_nothing_else(name, prune, dtype):
+    """By edges and by numbers."""
     gm = test_pass.layer_graph(name, dtype)
     inputs = random_inputs(gm)
-    (node,) = gm.graph.find_nodes(op="call_function", target=CONVOLUTION_BACKWARD)
-    input_grad, *others = (grad.name for grad in gradients(gm) if grad)
+    (old,) = gm.graph.find_nodes(op="call_function", target=CONVOLUTION_BACKWARD)
+    grad_output, x, weight, *others, (_, _, has_bias) = old.args
+    input_grad, *other_grads = gradients(gm)
     before = run(gm, inputs)
-    prune_input_grads(gm.graph, always(prune, n=1))
+    (decision,) = prune_input_grads(gm.graph, always(prune, n=1))
     gm.recompile()
     after = run(gm, inputs)
-    for other in others:
-        assert torch.equal(after[other], before[other])
-    grad_output, x, weight = (before[a.name].double() for a in node.args[:3])
-    operands = (pruned(grad_output, 1, 4, prune), x, weight, *node.args[3:10])
+
+    assert (decision.pruned, decision.reason) == (True, "")
+    shape = tuple(grad_output.meta["val"].shape)
+    assert decision.grad_output == shape
+    half = backward_of(input_grad)
+    assert half.args[1] is x
+    assert half.args[3:] == (*others, [True, False, False])
+    kept, taken = (node.meta["val"].shape for node in (half.args[0], half.args[2]))
+    assert kept == (shape[0], shape[1] // 4, *shape[2:])
+    assert (taken[1] * others[-1] if decision.transposed else taken[0]) == shape[1] // 4
+    assert taken.numel() * 4 == weight.meta["val"].numel()
+    assert dense_half(gm).args == (grad_output, x, weight, *others, [False, True, has_bias])
+    assert not gm.graph.find_nodes(op="call_function", target=PRUNE_NM)
+    for node in (half, *half.all_input_nodes):
+        test_pass.assert_same_form(node.meta["val"], after[node.name])
+
+    for other in filter(None, other_grads):
+        assert torch.equal(after[other.name], before[other.name])
+    dense, *operands = (before[a.name].double() for a in old.args[:3])
+    operands = (pruned(dense, 1, 4, prune), *operands, *old.args[3:10])
     expected = torch.ops.aten.convolution_backward(*operands, [True, False, False])[0]
-    assert relative_error(after[input_grad], expected) < TOLERANCE[dtype]
-    assert after[input_grad].stride() == before[input_grad].stride()
+    assert relative_error(after[input_grad.name], expected) < TOLERANCE[dtype]
+    assert after[input_grad.name].stride() == before[input_grad.name].stride()
 
 
 @pytest.mark.parametrize("name", ["conv2d", "grouped"])
@@ -243,23 +237,23 @@ def test_drawn_channels_are_those_of_a_subset(name, prune):
         assert sum(bool((s - s[0]).abs().max() < 1e-5 * s[0].abs()) for s in scale) == 1
 
 
-@pytest.mark.parametrize("prune", ["magnitude", "rescaled_magnitude"])
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("name", ["conv2d", "1x1", "grouped", "transposed grouped"])
-def test_recorded_values_match_the_real_ones(name, memory_format, prune):
+def test_nothing_is_transposed(name):
+    """Channels stay last, and what is on record are the real strides."""
     layer, shape = CONVOLUTIONS[name]
-    layer = layer.to(memory_format=memory_format)
-    x = torch.randn(shape).to(memory_format=memory_format).requires_grad_()
+    layer = copy.deepcopy(layer).to(memory_format=torch.channels_last)
+    x = torch.randn(shape).to(memory_format=torch.channels_last).requires_grad_()
     gm = joint_graph(layer, x)
     inputs = random_inputs(gm)
-    prune_input_grads(gm.graph, always(prune))
+    prune_input_grads(gm.graph, always())
     gm.recompile()
     values = run(gm, inputs)
-    for node in gm.graph.find_nodes(op="call_function", target=CONVOLUTION_BACKWARD):
-        for new in (node, *node.all_input_nodes):
-            test_pass.assert_same_form(new.meta["val"], values[new.name])
-    kept = backward_of(gradients(gm)[0]).args[0].meta["val"]
-    assert kept.is_contiguous(memory_format=memory_format)
+    half = backward_of(gradients(gm)[0])
+    for node in (half, *half.all_input_nodes):
+        test_pass.assert_same_form(node.meta["val"], values[node.name])
+    assert half.args[0].meta["val"].is_contiguous(memory_format=torch.channels_last)
+    if not name.startswith("transposed"):
+        assert half.args[2].meta["val"].is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("name", LINEARS)
@@ -288,7 +282,6 @@ def test_linear_layers_give_the_same_numbers(name):
         test_pass.assert_same_form(operand.meta["val"], after[operand.name])
 
 
-@pytest.mark.parametrize("prune", ["rescaled_magnitude", "mvue"])
 @pytest.mark.parametrize(
     ("kind", "name"),
     [
@@ -297,9 +290,9 @@ def test_linear_layers_give_the_same_numbers(name):
         *(("linear", name) for name in ("rows", "column-major", "batched")),
     ],
 )
-def test_idempotent(kind, name, prune):
+def test_idempotent(kind, name):
     gm = (test_pass if kind == "conv" else test_linears).layer_graph(name)
-    config = always(prune, targets=kind)
+    config = always("mvue", targets=kind)
     decisions = prune_input_grads(gm.graph, config)
     once = copy_graph(gm)
     assert prune_input_grads(gm.graph, config) == decisions
@@ -323,40 +316,81 @@ def test_layers_draw_numbers_of_their_own():
 # Which layers
 
 
-def reasons(model, x, **options):
+# At 2:4, with so many values that little else counts.
+LEAST = math.ceil(2 * (COST["cpu"].value + COST["cpu"].kept / 2))
+
+
+def convolution(inputs, kernel=1, groups=1):
+    return nn.Conv2d(inputs, 64, kernel, groups=groups), (2, inputs, 64, 64)
+
+
+RULE = {
+    "1x1": (*convolution(LEAST + 20), ""),
+    "1x1 of fewer": (*convolution(LEAST - 1), the_pass.DOES_NOT_PAY),
+    "3x3": (*convolution(LEAST // 9 + 4, kernel=3), ""),
+    "grouped": (*convolution(4 * LEAST - 4, groups=4), the_pass.DOES_NOT_PAY),
+    "transposed": (nn.ConvTranspose2d(LEAST + 20, 64, 1), (2, LEAST + 20, 64, 64), ""),
+    "transposed, strided": (
+        nn.ConvTranspose2d(LEAST + 20, 64, 1, stride=2),
+        (2, LEAST + 20, 64, 64),
+        the_pass.DOES_NOT_PAY,
+    ),
+    "few positions": (nn.Conv2d(1024, 1024, 1), (2, 1024, 4, 4), the_pass.DOES_NOT_PAY),
+    "more positions": (nn.Conv2d(1024, 1024, 1), (8, 1024, 8, 8), ""),
+    "linear": (nn.Linear(1024, 1024), (512, 1024), ""),
+    "linear of few rows": (nn.Linear(1024, 1024), (16, 1024), the_pass.DOES_NOT_PAY),
+    "small": (nn.Conv2d(1024, 8, 1), (1, 1024, 8, 8), the_pass.DOES_NOT_PAY),
+}
+
+
+@pytest.mark.parametrize("name", RULE)
+def test_only_layers_that_it_pays_for(name):
+    layer, shape, reason = RULE[name]
+    gm = joint_graph(layer, torch.ones(shape, requires_grad=True))
+    settings = {"targets": "conv,linear"}
+    for structure, expected in (("channel", reason), ("element", ""), ("channel_always", "")):
+        config = SDGPConfig(structure=structure, **settings)
+        (decision,) = prune_input_grads(copy_graph(gm).graph, config)
+        assert decision.reason == expected
+
+
+def test_fewer_channels_pay_for_more_layers():
+    """And other reasons come first."""
+    layer, shape = convolution(LEAST - 1)
+    gm = joint_graph(layer, torch.ones(shape, requires_grad=True))
+    for settings, reason in (
+        ({"m": 4}, the_pass.DOES_NOT_PAY),
+        ({"m": 8, "n": 1}, ""),
+        ({"m": 4, "include": "none"}, the_pass.EXCLUDED),
+    ):
+        config = SDGPConfig(structure="channel", **settings)
+        (decision,) = prune_input_grads(copy_graph(gm).graph, config)
+        assert decision.reason == reason
+
+
+def test_symbolic_sizes_count_as_large():
     torch._dynamo.reset()
-    decisions = prune_input_grads(joint_graph(model, x).graph, SDGPConfig(**options))
-    return [d.reason for d in decisions]
-
-
-def test_only_layers_that_it_pays_for():
-    """At 2:4, products that use each value of the gradient less often than it costs stay dense."""
-    least = 2 * COST["cpu"]
-    for inputs, reason in ((least, ""), (least - 1, the_pass.DOES_NOT_PAY)):
-        x = torch.randn(2, inputs, 3, 3, requires_grad=True)
-        assert reasons(nn.Conv2d(inputs, 8, 1), x, structure="channel") == [reason]
-        assert reasons(nn.Conv2d(inputs, 8, 1), x, structure="channel_always") == [""]
-        assert reasons(nn.Conv2d(inputs, 8, 1), x) == [""]
-        x = torch.randn(2, inputs, requires_grad=True)
-        found = reasons(nn.Linear(inputs, 8), x, structure="channel", targets="linear")
-        assert found == [reason]
-        x = torch.randn(2, 4 * inputs, 3, 3, requires_grad=True)
-        layer = nn.ConvTranspose2d(4 * inputs, 8, 1, stride=2)
-        assert reasons(layer, x, structure="channel") == [reason]
-        layer = nn.Conv2d(4 * inputs, 16, 1, groups=4)
-        assert reasons(layer, x, structure="channel") == [reason]
-    x = torch.randn(2, least // 2, 3, 3, requires_grad=True)
-    layer = nn.Conv2d(least // 2, 16, 1)
-    assert reasons(layer, x, structure="channel") == [the_pass.DOES_NOT_PAY]
-    assert reasons(layer, x, structure="channel", n=1, m=16) == [the_pass.DOES_NOT_PAY]
-    assert reasons(layer, x, structure="channel", n=1, m=4, include="none") == [the_pass.EXCLUDED]
+    layer = nn.Conv2d(1024, 1024, 1)
+    reasons = []
+    for dynamic in (False, True):
+        torch._dynamo.reset()
+        x = torch.randn(2, 1024, 3, 3, requires_grad=True)
+        if dynamic:
+            torch._dynamo.mark_dynamic(x, 0)
+        gm = joint_graph(layer, x)
+        (decision,) = prune_input_grads(gm.graph, SDGPConfig(structure="channel"))
+        reasons.append(decision.reason)
+    assert reasons == [the_pass.DOES_NOT_PAY, ""]
 
 
 def test_the_other_reasons_are_those_of_elements():
-    block, x = test_pass.Block(), torch.randn(1, 3, 9, 9)
-    by_element = reasons(block, x)
-    assert reasons(block, x, structure="channel_always") == by_element
-    assert set(by_element) > {"", the_pass.DEPTHWISE, the_pass.NOT_A_MULTIPLE}
+    gm = joint_graph(test_pass.Block(), torch.randn(1, 3, 9, 9))
+    by_element, by_channel = (
+        prune_input_grads(copy_graph(gm).graph, SDGPConfig(structure=structure))
+        for structure in ("element", "channel_always")
+    )
+    assert by_element == by_channel
+    assert {d.reason for d in by_element} > {"", the_pass.DEPTHWISE, the_pass.NOT_A_MULTIPLE}
 
 
 def test_explain_tells_what_would_not_pay():
