@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import torch
 
 from sdgp_fx.__main__ import positive
-from sdgp_fx.config import PRUNING_FUNCTIONS, RESCALE_SCOPES
+from sdgp_fx.config import PRUNING_FUNCTIONS, RESCALE_SCOPES, STRUCTURES
 
 from .benchmark import Benchmark
 from .report import Report, environment
@@ -78,13 +78,14 @@ class Parser(argparse.ArgumentParser):
         add("--memory-format", choices=formats, default=formats[0], help="(%(default)s)")
 
     def add_pruning(self) -> None:
-        """Add --n, --m, --prune and --rescale, of SDGPConfig."""
+        """Add --n, --m, --prune, --rescale and --structure, of SDGPConfig."""
         add = self.add_argument
         add("--n", type=int, default=2, help="values kept of every m channels (%(default)s)")
         add("--m", type=int, default=4, help="channels in a group (%(default)s)")
         function, scope = "rescaled_magnitude", "group"
         add("--prune", choices=PRUNING_FUNCTIONS, default=function, help="(%(default)s)")
         add("--rescale", choices=RESCALE_SCOPES, default=scope, help="(%(default)s)")
+        add("--structure", choices=STRUCTURES, default=STRUCTURES[0], help="(%(default)s)")
 
     def add_cudnn_benchmark(self) -> None:
         """Add --cudnn-benchmark."""
@@ -95,6 +96,12 @@ class Parser(argparse.ArgumentParser):
         """Add --seconds."""
         budget = "about how long to measure each row (%(default)s)"
         self.add_argument("--seconds", type=positive(float), default=default, help=budget)
+
+
+def pattern(text: str) -> tuple[int, int]:
+    """n and m of "n:m"."""
+    n, m = text.split(":")
+    return int(n), int(m)
 
 
 def run(benchmark: Benchmark, parser: Parser, argv: Sequence[str] | None) -> int:

@@ -34,7 +34,7 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.utils._pytree import tree_map
 from triton.backends.compiler import GPUTarget
 
-from sdgp_fx.passes import convolutions
+from sdgp_fx.passes import channels, convolutions
 
 GPU = torch.device("cuda", 0)
 # Of an H100 or H200. The sizes of caches and memory decide no code.
@@ -97,8 +97,9 @@ def generate(
     with (
         mode,
         # The joint graph is made on the CPU, as autograd asks a GPU's driver for streams; the
-        # pass gives it the order that it gives a GPU's.
+        # pass gives it the order that it gives a GPU's, and prunes the layers that it would there.
         mock.patch.object(convolutions, "DENSE_HALF_FIRST", ()),
+        mock.patch.dict(channels.COST, cpu=channels.COST["cuda"]),
         mock.patch.object(compile_fx, "compile_fx", compile_graph),
         mock.patch.object(decomposition, "is_gpu", return_value=True),
         functorch_config.patch(force_non_lazy_backward_lowering=True, enable_autograd_cache=False),

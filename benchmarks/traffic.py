@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import fx
 from torch._inductor import memory
 from torch._inductor.dependencies import Dep
 from torch._inductor.graph import GraphLowering
@@ -30,6 +31,7 @@ from torch.utils._ordered_set import OrderedSet
 from sdgp_fx import SDGPConfig, sdgp
 from sdgp_fx.kernels.lowering import TileLoops
 from sdgp_fx.kernels.op import PRUNE_NM
+from sdgp_fx.passes import layers
 
 from . import command
 from .benchmark import Benchmark, Task
@@ -80,17 +82,24 @@ class Backward:
             results = {dep.name for dep in writes}
             written += _bytes(graph, writes)
             read += _bytes(graph, (d for d in node.read_writes.reads if d.name not in results))
-        prunes = graph.orig_gm.graph.find_nodes(op="call_function", target=PRUNE_NM)
-        gradients = [node.meta["val"] for node in prunes]
+        pruned = filter(layers.is_pruned, graph.orig_gm.graph.nodes)
         return cls(
             launches=code.count(".run(") + sum(map(_is_own_kernel, nodes)),
             kernels=len(set(re.findall(r"^def (triton_\w+)", code, re.M))),
             read=read,
             written=written,
-            pruned=[gradient.numel() * gradient.itemsize for gradient in gradients],
+            pruned=[_dense_bytes(node) for node in pruned],
             unfused=[source for node in nodes for source in _unfused(graph, node)],
             peak=_peak(graph),
         )
+
+
+def _dense_bytes(pruned: fx.Node) -> int:
+    """Of the gradient that a pruned one is made of."""
+    value = pruned.meta["val"]
+    dense = pruned.meta.get(layers.DECISION)
+    size = value.shape if dense is None else dense.grad_output
+    return math.prod(size) * int(value.itemsize)
 
 
 def _is_counted(node: BaseSchedulerNode) -> bool:
@@ -173,9 +182,11 @@ def plan(
     m: int,
     prune: str,
     rescale: str,
+    structure: str,
 ) -> list[Task]:
     """A task for each model."""
     pruning: dict[str, Any] = {"n": n, "m": m, "prune": prune, "rescale": rescale}
+    pruning["structure"] = structure
     SDGPConfig(**pruning)
     for model in models:
         check_model(model)

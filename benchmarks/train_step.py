@@ -10,7 +10,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 from unittest import mock
 
@@ -39,27 +39,32 @@ class Compiler:
     """How both networks are compiled.
 
     mode: torch.compile's.
-    pruning: n, m, prune and rescale of SDGPConfig.
+    pruning: n, m, prune, rescale and structure of SDGPConfig.
     inner: what stock and sdgp compile with; "aot_eager" generates no code, to try things out.
+    cached: whether Inductor's caches may serve what they have.
     """
 
     mode: str
     pruning: dict[str, Any]
     inner: str
+    cached: bool = False
 
     def compile(self, name: str, model: nn.Module) -> Callable[[Tensor], Tensor]:
-        """model compiled by STOCK or SDGP, when it is first called within environment()."""
-        return torch.compile(model, backend=sdgp if name == SDGP else self.inner, mode=self.mode)
+        """model compiled by STOCK or by sdgp, when it is first called within environment()."""
+        # A backend of its own: what Dynamo has compiled with an equal one it would use again.
+        backend = self.inner if name == STOCK else partial(sdgp)
+        return torch.compile(model, backend=backend, mode=self.mode)
 
     @contextlib.contextmanager
     def environment(self) -> Iterator[None]:
-        """The settings of sdgp, and empty caches.
+        """The settings of sdgp, and empty caches, if not those there are.
 
         torch.compile takes a mode or options, not both; the environment goes with either.
         """
         settings = {**self.pruning, "inner": self.inner}
         variables = {f"SDGP_{name.upper()}": str(value) for name, value in settings.items()}
-        with mock.patch.dict(os.environ, variables), fresh_cache():
+        caches = contextlib.nullcontext() if self.cached else fresh_cache()
+        with mock.patch.dict(os.environ, variables), caches:
             yield
 
 
@@ -76,24 +81,37 @@ def plan(
     m: int,
     prune: str,
     rescale: str,
+    structure: str,
+    also: Sequence[tuple[int, int]],
     compiles: int,
     cudnn_benchmark: bool,
+    cached: bool,
+    cpu_time: bool,
     seconds: float,
 ) -> list[Task]:
     """A task for each model, after one that has the compiler import and start what it needs."""
     pruning: dict[str, Any] = {"n": n, "m": m, "prune": prune, "rescale": rescale}
-    SDGPConfig(**pruning)
+    pruning["structure"] = structure
+    for pattern in ((n, m), *also):
+        SDGPConfig(**{**pruning, "n": pattern[0], "m": pattern[1]})
     for model in models:
         check_model(model)
     if inner == "aot_eager" and mode != "default":
         raise ValueError(f"--mode: expected default with --inner aot_eager, got {mode}")
     if dtype == AUTO:
         dtype = "bfloat16" if device.type == "cuda" else "float32"
-    compiler = Compiler(mode, pruning, inner)
+    if cpu_time and (device.type != "cpu" or torch.get_num_threads() > 1):
+        raise ValueError(
+            f"--cpu-time: expected one thread (OMP_NUM_THREADS=1) of a CPU, got {device.type} and "
+            f"{torch.get_num_threads()} threads"
+        )
+    clock = process_time if cpu_time else perf_counter
+    compiler = Compiler(mode, pruning, inner, cached)
     tasks = [Task("starting the compiler", partial(start_compiler, device, compiler))]
     for model in models:
         arguments = (device, model, batch, size, dtype, memory_format, compiler, compiles)
-        tasks.append(Task(model, partial(measure, *arguments, cudnn_benchmark, seconds)))
+        settings = (cudnn_benchmark, seconds, also, clock)
+        tasks.append(Task(model, partial(measure, *arguments, *settings)))
     return tasks
 
 
@@ -120,15 +138,25 @@ def measure(
     compiles: int,
     cudnn_benchmark: bool,
     seconds: float,
+    also: Sequence[tuple[int, int]] = (),
+    clock: Callable[[], float] = perf_counter,
 ) -> list[Row]:
-    """A row for a model: both compiled from the same weights, and trained on the same batch."""
+    """A row for each pattern: all compiled from the same weights, and trained on the same batch.
+
+    also: n and m of patterns beside the compiler's.
+    clock: for the steps; the first step's time, which is to compile, is always perf_counter's.
+    """
     torch.backends.cudnn.benchmark = cudnn_benchmark
     torch.manual_seed(0)
     format_ = command.MEMORY_FORMATS[memory_format]
     network = build_network(model).to(device).to(memory_format=format_)
     images, labels = random_batch(device, batch, size)
     images = images.contiguous(memory_format=format_)
-    first: dict[str, list[float]] = {STOCK: [], SDGP: []}
+    compilers = {STOCK: compiler, SDGP: compiler}
+    for n, m in also:
+        pruning = {**compiler.pruning, "n": n, "m": m}
+        compilers[f"{SDGP} {n}:{m}"] = dataclasses.replace(compiler, pruning=pruning)
+    first: dict[str, list[float]] = {name: [] for name in compilers}
     losses: dict[str, float] = {}
     for _ in range(compiles):
         # Drops what earlier rounds compiled; nothing compiled after it is lost before the timing.
@@ -136,36 +164,43 @@ def measure(
         steps: dict[str, Step] = {}
         for name in first:
             twin = copy.deepcopy(network)
-            step = make_step(name, twin, images, labels, getattr(torch, dtype), compiler)
-            with compiler.environment():
+            step = make_step(name, twin, images, labels, getattr(torch, dtype), compilers[name])
+            with compilers[name].environment():
                 begin = perf_counter()
                 losses[name] = step().item()
                 first[name].append(perf_counter() - begin)
             steps[name] = step
-    times = timing.measure(steps, device, seconds)
-    row: Row = {
-        "model": model,
-        "batch": batch,
-        "size": size,
-        "dtype": dtype,
-        "memory_format": memory_format,
-        "mode": compiler.mode,
-        "inner": compiler.inner,
-        **compiler.pruning,
-    }
+    times = timing.measure(steps, device, seconds, clock=clock)
     # A CUDA graph's memory is allocated once and for all, not in the step.
     graphs = torch._inductor.list_mode_options(compiler.mode).get("triton.cudagraphs", False)
-    for name, step in steps.items():
-        row[f"{name}_ms"] = times[name].median * 1e3
-        row[f"{name}_compile_s"] = statistics.median(first[name])
-        row[f"{name}_peak_bytes"] = None if graphs else timing.peak_memory(step, device)
-        row[f"{name}_first_loss"] = losses[name]
-    row["ratio"] = row["sdgp_ms"] / row["stock_ms"]
-    row["compile_ratio"] = row["sdgp_compile_s"] / row["stock_compile_s"]
-    row["loss_difference"] = abs(losses[SDGP] - losses[STOCK])
-    row["compile_s"] = first
-    row["times"] = {name: dataclasses.asdict(time) for name, time in times.items()}
-    return [row]
+    peaks = {
+        name: None if graphs else timing.peak_memory(step, device) for name, step in steps.items()
+    }
+    rows = []
+    for ours in [name for name in compilers if name != STOCK]:
+        row: Row = {
+            "model": model,
+            "batch": batch,
+            "size": size,
+            "dtype": dtype,
+            "memory_format": memory_format,
+            "mode": compiler.mode,
+            "inner": compiler.inner,
+            **compilers[ours].pruning,
+        }
+        pair = {STOCK: STOCK, SDGP: ours}
+        for column, name in pair.items():
+            row[f"{column}_ms"] = times[name].median * 1e3
+            row[f"{column}_compile_s"] = statistics.median(first[name])
+            row[f"{column}_peak_bytes"] = peaks[name]
+            row[f"{column}_first_loss"] = losses[name]
+        row["ratio"] = row["sdgp_ms"] / row["stock_ms"]
+        row["compile_ratio"] = row["sdgp_compile_s"] / row["stock_compile_s"]
+        row["loss_difference"] = abs(losses[ours] - losses[STOCK])
+        row["compile_s"] = {column: first[name] for column, name in pair.items()}
+        row["times"] = {column: dataclasses.asdict(times[name]) for column, name in pair.items()}
+        rows.append(row)
+    return rows
 
 
 def random_batch(device: torch.device, batch: int, size: int) -> tuple[Tensor, Tensor]:
@@ -201,8 +236,9 @@ def make_step(
 def headline(rows: Sequence[Row]) -> list[str]:
     """The ratios of sdgp to stock."""
     return [
-        f"train step {row['model']}: sdgp {row['sdgp_ms']:.2f} ms, stock {row['stock_ms']:.2f} ms, "
-        f"ratio {row['ratio']:.3f}; compile ratio {row['compile_ratio']:.2f}"
+        f"train step {row['model']} {row['n']}:{row['m']}: sdgp {row['sdgp_ms']:.2f} ms, "
+        f"stock {row['stock_ms']:.2f} ms, ratio {row['ratio']:.3f}; "
+        f"compile ratio {row['compile_ratio']:.2f}"
         for row in rows
     ]
 
@@ -213,6 +249,8 @@ BENCHMARK = Benchmark(
     columns={
         "model": ("model", ""),
         "dtype": ("dtype", ""),
+        "n": ("n", "d"),
+        "m": ("m", "d"),
         "stock ms": ("stock_ms", ".2f"),
         "sdgp ms": ("sdgp_ms", ".2f"),
         "ratio": ("ratio", ".3f"),
@@ -247,9 +285,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     inner = "aot_eager generates no code: to try this command (%(default)s)"
     add("--inner", choices=INNER_COMPILERS, default="inductor", help=inner)
     parser.add_pruning()
+    also = "another pattern, timed in turn with the others"
+    parser.add_list("--also", "also", (), also, metavar="N:M", type=command.pattern)
     compiles = "how often to compile each network (%(default)s)"
     add("--compiles", type=command.positive(int), default=1, help=compiles)
     parser.add_cudnn_benchmark()
+    cached = "let Inductor's caches serve what they have; compile times then say nothing"
+    add("--cached", action="store_true", help=cached)
+    cpu_time = "time the processor's work, not the clock's: for a machine that others use too"
+    add("--cpu-time", action="store_true", help=cpu_time)
     parser.add_seconds(10)
     parser.add_out()
     return command.run(BENCHMARK, parser, argv)

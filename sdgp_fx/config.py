@@ -10,11 +10,13 @@ from typing import Any
 
 PRUNING_FUNCTIONS = ("random", "magnitude", "rescaled_magnitude", "mvue")
 RESCALE_SCOPES = ("group", "feature_map", "channel")
+STRUCTURES = ("element", "channel", "channel_always")
 TARGETS = ("conv", "linear", "conv,linear")
 INNER_COMPILERS = ("inductor", "aot_eager")
 _CHOICES = {
     "prune": PRUNING_FUNCTIONS,
     "rescale": RESCALE_SCOPES,
+    "structure": STRUCTURES,
     "targets": TARGETS,
     "inner": INNER_COMPILERS,
 }
@@ -53,6 +55,9 @@ class SDGPConfig:
     prune: "random", "magnitude", "rescaled_magnitude" or "mvue".
     rescale: "group", "feature_map" or "channel": over what "rescaled_magnitude" keeps the
         L1 norm. The other functions don't read it.
+    structure: "element", as in the paper, "channel" or "channel_always": whole channels of the
+        batch, by their L1 norm, in layers where the smaller product pays, or in all. Of whole
+        channels the only scope is "group".
     targets: "conv", "linear" or "conv,linear", the kinds of layers.
     include, exclude: glob patterns over module names as `named_modules()` gives them, one
         string with commas or a sequence of strings. A layer is pruned if a pattern of
@@ -66,6 +71,7 @@ class SDGPConfig:
     m: int = 4
     prune: str = "rescaled_magnitude"
     rescale: str = "group"
+    structure: str = "element"
     targets: str = "conv"
     include: str | Iterable[str] = ("*",)
     exclude: str | Iterable[str] = ()
@@ -78,6 +84,11 @@ class SDGPConfig:
             check_choice(f"{_PREFIX}{name}", value, choices)
             # A plain str, as it is written into code: numpy's has another repr.
             object.__setattr__(self, name, choices[choices.index(value)])
+        if self.structure != "element" and self.rescale != "group":
+            raise ValueError(
+                f"{_PREFIX}rescale: expected 'group' with {_PREFIX}structure = "
+                f"{self.structure!r}, got {self.rescale!r}"
+            )
         for name in ("include", "exclude"):
             object.__setattr__(self, name, _globs(f"{_PREFIX}{name}", getattr(self, name)))
 

@@ -14,7 +14,7 @@ import torch._functorch.config as functorch_config
 from torch import fx, nn
 from torch._logging import trace_structured
 
-from .kernels.op import PRUNE_NM
+from .passes.layers import is_pruned
 from .passes.prune_input_grads import Decision
 
 log = logging.getLogger(__name__)
@@ -120,7 +120,7 @@ def recorded(graph: fx.Graph, rewrite: Callable[[], list[Decision]]) -> list[Dec
     for captured in _captures:
         captured._runs += 1
     # A graph may get here twice: what matters is what became of it the first time.
-    if not is_joint(graph) or graph.find_nodes(op="call_function", target=PRUNE_NM):
+    if not is_joint(graph) or any(map(is_pruned, graph.nodes)):
         return rewrite()
 
     before: list[fx.GraphModule] = []

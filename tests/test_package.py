@@ -53,7 +53,7 @@ ALLOWED = {
         "passes.statistics",
         "recording",
     },
-    "recording": {"kernels.op", "passes.prune_input_grads"},
+    "recording": {"passes.layers", "passes.prune_input_grads"},
     "passes.prune_input_grads": {
         "config",
         "kernels.op",

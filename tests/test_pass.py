@@ -450,7 +450,8 @@ def test_every_layer_has_a_seed_of_its_own_from_one_draw(prune):
     draws = {node.args[1].args[0] for node in pruned}
     assert len(draws) == 1
     assert draws.pop().target is torch.ops.aten.randint.default
-    assert [node.args[1].args[1:] for node in pruned] == [(0, i) for i in range(len(pruned))]
+    parts = [node.args[1].args[1:] for node in pruned]
+    assert parts == [(0, i, i + 1) for i in range(len(pruned))]
     gm.recompile()
     values = run(gm, random_inputs(gm))
     assert len({int(values[node.args[1].name]) for node in pruned}) == len(pruned) == 3

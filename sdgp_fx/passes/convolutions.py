@@ -11,6 +11,7 @@ Libraries run the two halves of convolution_backward one after the other anyway.
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
@@ -18,8 +19,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import fx
 
-from ..kernels.op import PRUNE_NM
-from .layers import Layer, add_call
+from .layers import Layer, add_call, is_pruned
 
 CONVOLUTION_BACKWARD = torch.ops.aten.convolution_backward.default
 
@@ -64,9 +64,10 @@ def find_convolutions(graph: fx.Graph) -> list[Layer]:
                 groups=args.groups,
                 transposed=args.transposed,
                 input=args.input,
+                uses=_uses(args),
                 has_input_grad=args.output_mask[0] and bool(_input_grads(node)),
                 has_weight_grad=args.output_mask[1],
-                is_pruned=args.grad_output.target is PRUNE_NM and is_half,
+                is_pruned=is_pruned(args.grad_output) and is_half,
                 feed=functools.partial(_split, node, args),
             )
         )
@@ -85,6 +86,11 @@ def _split(node: fx.Node, args: _Arguments, grad_output: fx.Node, weight: fx.Nod
     node.meta.update({"val": (None, *values[1:]), _DENSE_HALF: True})
     if values[0].device.type in DENSE_HALF_FIRST:
         grad_output.prepend(node)
+
+
+def _uses(args: _Arguments) -> Any:
+    uses = args.weight.meta["val"].numel() // args.grad_output.meta["val"].shape[1]
+    return uses // math.prod(args.stride) if args.transposed else uses
 
 
 def _input_grads(node: fx.Node) -> list[fx.Node]:

@@ -10,6 +10,11 @@ from typing import Any
 
 from torch import fx
 
+from ..kernels.op import PRUNE_NM
+
+# In the meta of a grad_output of fewer channels: what has been decided of the layer.
+DECISION = "sdgp_decision"
+
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
@@ -20,6 +25,7 @@ class Layer:
     grad_output: shape (N, C_out, *spatial); of a linear layer (..., C_out).
     weight: its output channels lie in dimension 0; if transposed, in dimension 1.
     input: of the forward, shape (N, C_in, *spatial); of a linear layer (..., C_in).
+    uses: of each value of grad_output, in the product, on average; an int or symbolic.
     has_input_grad: whether the product is computed and used.
     has_weight_grad: whether the weight's gradient is computed, as the graph was before a rewrite.
     is_pruned: whether its grad_output is pruned already.
@@ -33,6 +39,7 @@ class Layer:
     groups: int
     transposed: bool
     input: fx.Node
+    uses: Any
     has_input_grad: bool
     has_weight_grad: bool
     is_pruned: bool
@@ -41,7 +48,12 @@ class Layer:
     @property
     def channels(self) -> Any:
         """C_out, an int or symbolic."""
-        return self.grad_output.meta["val"].shape[1 if self.kind == "conv" else -1]
+        return self.grad_output.meta["val"].shape[self.channel_dim]
+
+    @property
+    def channel_dim(self) -> int:
+        """Of grad_output."""
+        return 1 if self.kind == "conv" else self.grad_output.meta["val"].dim() - 1
 
     @property
     def multiply_adds(self) -> Any:
@@ -70,6 +82,10 @@ def multiply_adds(
     if kind == "linear":
         return math.prod(input) * output[-1]
     return math.prod(input if transposed else output) * math.prod(weight[1:])
+
+
+def is_pruned(grad_output: fx.Node) -> bool:
+    return grad_output.target is PRUNE_NM or DECISION in grad_output.meta
 
 
 def module_roots(gm: fx.GraphModule) -> frozenset[str]:

@@ -33,8 +33,7 @@ from torch import fx, nn
 from torch._functorch import eager_transforms
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from ..kernels.op import PRUNE_NM
-from .layers import Layer, compute
+from .layers import Layer, compute, is_pruned
 
 aten = torch.ops.aten
 MM = aten.mm.default
@@ -140,12 +139,12 @@ def _input_grad(node: fx.Node, forward: fx.Node, products: Iterable[fx.Node]) ->
         _untransposed, (transposed_weight, left, right)
     )
     # A weight that took factors is another node than the forward's.
-    if _is_pruned(left) or (base_right is base and odd_right != odd):
+    if _is_pruned_view(left) or (base_right is base and odd_right != odd):
         grad_output, weight, feed = left, right, _feed
     elif (
         node.target is MM
         and _transposes(right)
-        and (_is_pruned(right) or (base_left is base and odd_left == odd))
+        and (_is_pruned_view(right) or (base_left is base and odd_left == odd))
     ):
         grad_output, weight, feed = cast(fx.Node, right.args[0]), left, _feed_transposed
     else:
@@ -158,9 +157,10 @@ def _input_grad(node: fx.Node, forward: fx.Node, products: Iterable[fx.Node]) ->
         groups=1,
         transposed=weight is left,
         input=x,
+        uses=weight.meta["val"].shape[0 if weight is left else -1],
         has_input_grad=bool(node.users),
         has_weight_grad=any(_multiplies(product, grad_output, x) for product in products),
-        is_pruned=_is_pruned(grad_output),
+        is_pruned=_is_pruned_view(grad_output),
         feed=functools.partial(feed, node),
     )
 
@@ -175,6 +175,7 @@ def _without_input_grad(node: fx.Node, forward: fx.Node) -> Layer:
         groups=1,
         transposed=True,
         input=cast(fx.Node, forward.args[-2]),
+        uses=0,
         has_input_grad=False,
         has_weight_grad=True,
         is_pruned=False,
@@ -227,7 +228,9 @@ def _repeats_matrix(node: fx.Node) -> bool:
     return bool(cast(fx.Node, expanded.args[0]).meta["val"].dim() == 2)
 
 
-def _is_pruned(grad_output: fx.Node) -> bool:
+def _is_pruned_view(grad_output: fx.Node) -> bool:
     while grad_output.target in (*_VIEWS, aten.permute.default, aten.clone.default):
+        if is_pruned(grad_output):
+            return True
         grad_output = cast(fx.Node, grad_output.args[0])
-    return grad_output.target is PRUNE_NM
+    return is_pruned(grad_output)

@@ -13,12 +13,16 @@ takes the channels' factors, and the prune that is left needs one group at a tim
     p  = sdgp.prune_nm(gO, ..., "magnitude", ...)
     wf = w * sdgp.channel_factor(gO, ...)
     gx = the product, of p and wf
+
+With `sdgp.structure` whole channels are pruned instead, see `channels`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Collection
+from typing import cast
 
 import torch
 from torch import fx
@@ -27,9 +31,9 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from ..config import SDGPConfig
 from ..kernels import op
 from ..kernels.op import CHANNEL_FACTOR, PRUNE_NM
-from . import linears
+from . import channels, linears
 from .convolutions import find_convolutions
-from .layers import Layer, add_call, compute
+from .layers import DECISION, Layer, add_call, compute
 
 # A channel that keeps next to nothing may have any factor. A kept value times it stays below the
 # channel's sum, but a weight could become infinite, and NaN times the zeros of the gradient.
@@ -41,6 +45,8 @@ EXCLUDED = "excluded by a rule"
 DTYPE = "dtype not supported"
 DEPTHWISE = "depthwise, one output channel a group"
 NOT_A_MULTIPLE = "C_out per group is not a multiple of m"
+NOT_STATIC = "number of channels not known when compiled"
+DOES_NOT_PAY = "pruning whole channels would not pay"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,14 +85,19 @@ def prune_input_grads(
     """
     layers = find_layers(graph, config)
     decisions = [_decide(layer, layer.module(roots), config) for layer in layers]
-    to_prune = [
-        layer
+    to_prune = {
+        layer.node: (layer, decision)
         for layer, decision in zip(layers, decisions, strict=True)
         if decision.pruned and not layer.is_pruned
-    ]
-    seeds = _draw_seeds(to_prune) if config.prune in op.STOCHASTIC else {}
-    for layer in to_prune:
-        _rewrite(layer, seeds.get(layer.node), config)
+    }
+    drawn = _draw([layer for layer, _ in to_prune.values()], config)
+    for node, (layer, decision) in to_prune.items():
+        if config.structure == "element":
+            _rewrite(layer, drawn.get(node), config)
+        else:
+            grad_output, weight = channels.prune_channels(layer, drawn.get(node), config)
+            grad_output.meta[DECISION] = decision
+            layer.feed(grad_output, weight)
     if to_prune:
         graph.eliminate_dead_code()
         graph.lint()
@@ -121,6 +132,10 @@ def _reason_dense(layer: Layer, module: str, config: SDGPConfig) -> str:
         return DEPTHWISE
     if not statically_known_true(layer.channels % (layer.groups * config.m) == 0):
         return NOT_A_MULTIPLE
+    if config.structure != "element" and not isinstance(layer.channels, int):
+        return NOT_STATIC
+    if config.structure == "channel" and not channels.pays(layer, config):
+        return DOES_NOT_PAY
     return ""
 
 
@@ -180,33 +195,43 @@ def _scaled_weight(layer: Layer, config: SDGPConfig) -> fx.Node:
     return compute(torch.ops.prims.convert_element_type.default, (scaled, weight.dtype), node)
 
 
-def _draw_seeds(layers: list[Layer]) -> dict[fx.Node, fx.Node]:
-    """One seed for each layer, by its node, from one draw for each device.
+def _draw(layers: list[Layer], config: SDGPConfig) -> dict[fx.Node, fx.Node]:
+    """What each layer takes of random numbers, by its node, from one draw for each device.
 
-    The draw is an ordinary random operator of the backward: it follows torch.manual_seed, and
-    a captured CUDA graph replays it with fresh numbers.
+    That is a seed, or as many numbers as the choice of channels takes. The draw is an ordinary
+    random operator of the backward: it follows torch.manual_seed, and a captured CUDA graph
+    replays it with fresh numbers.
     """
+    if config.prune not in op.STOCHASTIC:
+        return {}
     on_device: dict[torch.device, list[Layer]] = {}
     for layer in layers:
         on_device.setdefault(layer.grad_output.meta["val"].device, []).append(layer)
-    seeds = {}
+    numbers = {}
     for device, group in on_device.items():
         like = group[0].grad_output.meta["val"]
+        counts = [
+            1 if config.structure == "element" else channels.draws(layer, config) for layer in group
+        ]
+        ends = list(itertools.accumulate(counts))
         drawn = add_call(
             torch.ops.aten.randint.default,
-            (2**63 - 1, [len(group)]),
-            like.new_empty((len(group),), dtype=torch.int64),
+            (2**63 - 1, [ends[-1]]),
+            like.new_empty((ends[-1],), dtype=torch.int64),
             group[0].node,
             dtype=torch.int64,
             device=device,
             pin_memory=False,
         )
-        for i, layer in enumerate(group):
-            seeds[layer.node] = compute(torch.ops.aten.select.int, (drawn, 0, i), layer.node)
-    return seeds
+        for layer, count, end in zip(group, counts, ends, strict=True):
+            part = (drawn, 0, end - count, end)
+            numbers[layer.node] = compute(torch.ops.aten.slice.Tensor, part, layer.node)
+    return numbers
 
 
 def _decide(layer: Layer, module: str, config: SDGPConfig) -> Decision:
+    if DECISION in layer.grad_output.meta:
+        return cast(Decision, layer.grad_output.meta[DECISION])
     reason, weight = _reason_dense(layer, module, config), _shape(layer.weight)
     return Decision(
         module=module,
