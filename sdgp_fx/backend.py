@@ -102,6 +102,10 @@ def sdgp(
         config, inductor_options = SDGPConfig.from_options(options)
     except ValueError as error:
         raise InvalidOption(str(error)) from None
+    if monitor is not None and config.structure != "element":
+        raise InvalidOption(
+            f"sdgp.structure: expected 'element' with a monitor, got {config.structure!r}"
+        )
     rewrite = PruneInputGrads(config, roots=module_roots(gm), monitor=monitor)
     if config.inner == "inductor":
         return _inductor(gm, example_inputs, rewrite, mode, inductor_options, name)

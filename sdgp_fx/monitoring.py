@@ -34,7 +34,8 @@ def monitor(model: torch.nn.Module, every: int = 100, **arguments: Any) -> Monit
     gradients are computed for, and for all other calls the one that there is without a monitor.
 
     arguments: of torch.compile: options, mode and so on.
-    Raises ValueError for an every that is no int above 0.
+    Raises ValueError for an every that is no int above 0; when compiled, for pruning of whole
+    channels, which it doesn't record.
     """
     return Monitor(model, every, **arguments)
 

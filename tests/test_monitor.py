@@ -316,9 +316,20 @@ def test_every_is_checked(model, every):
         sdgp_fx.monitor(model, every=every)
 
 
-def test_a_bad_option_is_a_value_error(model):
-    with pytest.raises(ValueError, match=r"sdgp\.n: expected"):
-        sdgp_fx.monitor(model, options={"sdgp.n": 5})(images())
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("n", 5, r"sdgp\.n: expected"),
+        (
+            "structure",
+            "channel",
+            r"sdgp\.structure: expected 'element' with a monitor, got 'channel'",
+        ),
+    ],
+)
+def test_a_bad_option_is_a_value_error(model, option, value, message):
+    with pytest.raises(ValueError, match=message):
+        sdgp_fx.monitor(model, options={f"sdgp.{option}": value})(images())
 
 
 def test_the_guides_snippets_run(tmp_path):
