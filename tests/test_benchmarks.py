@@ -116,6 +116,8 @@ def test_help(name, capsys):
         ("convolutions", ["--model", "resnt18"], "--model: expected a network of timm"),
         ("train_step", ["--model", "resnt18"], "--model: expected a network of timm"),
         ("train_step", ["--n", "5"], "sdgp.n: expected 1 <= n <= sdgp.m = 4, got 5"),
+        ("train_step", ["--also", "5:4"], "sdgp.n: expected 1 <= n <= sdgp.m = 4, got 5"),
+        ("train_step", ["--also", "5"], "argument --also: invalid pattern value: '5'"),
         (
             "train_step",
             ["--mode", "max-autotune", "--inner", "aot_eager"],
@@ -251,8 +253,18 @@ def test_back_to_back_and_memory_on_the_gpu():
     assert timing.peak_memory(lambda: torch.empty(2**20, device="cuda").fill_(1), CUDA) >= 2**22
 
 
-def test_memory_is_not_measured_on_the_cpu():
-    assert timing.peak_memory(pytest.fail, CPU) is None
+def test_memory_on_the_cpu_is_what_is_held_at_once():
+    size = 2**22
+
+    def allocate():
+        first = torch.ones(size, dtype=torch.uint8)
+        second = first + 1
+        del first
+        return second + 1
+
+    before = torch.ones(size, dtype=torch.uint8)
+    assert 2 * size <= timing.peak_memory(allocate, CPU) < 2.5 * size
+    assert timing.peak_memory(lambda: before.add_(1), CPU) < size
 
 
 # Reports
@@ -558,6 +570,25 @@ def test_every_compilation_starts_with_empty_caches(monkeypatch):
     assert "SDGP_N" not in timed[0][2]
     assert [len(times) for times in row["compile_s"].values()] == [3, 3]
     assert row["loss_difference"] == 0.5
+
+
+def test_patterns_are_compiled_and_timed_in_turn(monkeypatch):
+    """Each with its own code: Dynamo would use that of an equal backend again."""
+    backends = []
+    compile_ = torch.compile
+
+    def spy(model, backend, **kwargs):
+        backends.append(backend)
+        return compile_(model, backend=backend, **kwargs)
+
+    monkeypatch.setattr(torch, "compile", spy)
+    arguments = (CPU, "test_resnet", 2, 32, "float32", "channels_last", compiler(), 1, False, 1e-9)
+    rows = train_step.measure(*arguments, also=[(1, 4), (2, 16)])
+    assert [(row["n"], row["m"]) for row in rows] == [(2, 4), (1, 4), (2, 16)]
+    assert len({id(backend) for backend in backends}) == 4
+    assert all(a != b for a, b in itertools.combinations(backends, 2))
+    assert len({row["stock_ms"] for row in rows}) == 1
+    assert len({row["sdgp_ms"] for row in rows}) == 3
 
 
 # Sparse products

@@ -6,7 +6,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sdgp_fx import SDGPConfig
-from sdgp_fx.config import INNER_COMPILERS, PRUNING_FUNCTIONS, RESCALE_SCOPES, TARGETS
+from sdgp_fx.config import (
+    INNER_COMPILERS,
+    PRUNING_FUNCTIONS,
+    RESCALE_SCOPES,
+    STRUCTURES,
+    TARGETS,
+)
 
 
 def test_defaults_are_those_of_the_paper():
@@ -14,6 +20,7 @@ def test_defaults_are_those_of_the_paper():
     assert (config.n, config.m) == (2, 4)
     assert (config.prune, config.rescale) == ("rescaled_magnitude", "group")
     assert (config.targets, config.inner) == ("conv", "inductor")
+    assert config.structure == "element"
     assert (config.include, config.exclude) == (("*",), ())
 
 
@@ -49,6 +56,7 @@ def test_valid_patterns(n, m):
         ({"sdgp.prune": "topk"}, "sdgp.prune", "'random', 'magnitude'", "got 'topk'"),
         ({"sdgp.prune": 3}, "sdgp.prune", "'mvue'", "got 3"),
         ({"sdgp.rescale": "layer"}, "sdgp.rescale", "'group', 'feature_map'", "got 'layer'"),
+        ({"sdgp.structure": "row"}, "sdgp.structure", "'element', 'channel'", "got 'row'"),
         ({"sdgp.targets": "attention"}, "sdgp.targets", "'conv'", "got 'attention'"),
         ({"sdgp.inner": "eager"}, "sdgp.inner", "'inductor', 'aot_eager'", "got 'eager'"),
         ({"sdgp.exclude": 7}, "sdgp.exclude", "glob patterns", "got 7"),
@@ -131,6 +139,7 @@ def test_include_and_exclude_are_globs():
 def test_repr_tells_configs_apart():
     """The key of Inductor's caches is made of it."""
     assert repr(SDGPConfig()) != repr(SDGPConfig(n=1))
+    assert repr(SDGPConfig()) != repr(SDGPConfig(structure="channel"))
     assert repr(SDGPConfig(exclude="a")) == repr(SDGPConfig(exclude=("a",)))
 
 
@@ -139,6 +148,7 @@ def test_repr_tells_configs_apart():
 CHOICES = {
     "prune": PRUNING_FUNCTIONS,
     "rescale": RESCALE_SCOPES,
+    "structure": STRUCTURES,
     "targets": TARGETS,
     "inner": INNER_COMPILERS,
 }
@@ -208,7 +218,11 @@ def refused(options):
     settings = {"sdgp.n": 2, "sdgp.m": 4, **options}
     m = settings["sdgp.m"]
     m = m if fits("m", m, m) else 32
-    return [key for key, value in settings.items() if not fits(key.removeprefix("sdgp."), value, m)]
+    bad = [key for key, value in settings.items() if not fits(key.removeprefix("sdgp."), value, m)]
+    whole_channels = options.get("sdgp.structure") in STRUCTURES[1:]
+    if not bad and whole_channels and options.get("sdgp.rescale", "group") != "group":
+        return ["sdgp.rescale"]
+    return bad
 
 
 def outcome(options, environ):
