@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import html
 import os
+import textwrap
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, overload
@@ -151,7 +152,9 @@ class Explanation(Sequence[LayerReport]):
         width = min(max(8.0, 2 + 0.16 * count), 24.0)
         figure = Figure(figsize=(width, 5.5), dpi=150, layout="constrained")
         _draw(figure.add_subplot(), self.layers)
-        figure.suptitle("\n".join(self._summary()[:2]), x=0.01, ha="left", fontsize="medium")
+        figure.legend(frameon=False, ncols=2 if width < 12 else 4, loc="outside lower left")
+        lines = (textwrap.fill(line, round(12 * width)) for line in self._summary()[:2])
+        figure.suptitle("\n".join(lines), x=0.01, ha="left", fontsize="medium")
         figure.savefig(path)
 
     def _rows(self) -> list[tuple[str, ...]]:
@@ -228,7 +231,7 @@ def _draw(axes: Axes, layers: Sequence[LayerReport]) -> None:
     bottom = [0] * len(layers)
     for heights, color, label in (
         (rest, DENSE, "forward and weight gradient"),
-        (kept, KEPT, "input gradient"),
+        (kept, KEPT, "input gradient, rest"),
         (saved, SAVED, "input gradient, saved"),
     ):
         axes.bar(x, heights, bottom=bottom, color=color, label=label, width=0.85)
@@ -245,7 +248,6 @@ def _draw(axes: Axes, layers: Sequence[LayerReport]) -> None:
     axes.yaxis.set_major_formatter(EngFormatter(sep=" "))
     axes.set_ylabel("multiply-adds of a training step")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, ncols=4, loc="lower right", bbox_to_anchor=(1, 1))
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
