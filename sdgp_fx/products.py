@@ -55,9 +55,8 @@ class Convolution:
         return 2 * math.prod(positions) * math.prod(self.weight[1:])
 
     def is_pruned(self, m: int) -> bool:
-        """Whether the backend prunes groups of m channels of its output's gradient."""
-        channels = self.output[1] // self.groups
-        return self.needs_input_gradient and channels > 1 and channels % m == 0
+        """Whether the backend prunes groups of m channels, m > 1, of its output's gradient."""
+        return self.needs_input_gradient and self.output[1] // self.groups % m == 0
 
     def __str__(self) -> str:
         """Input and weight, and what is unusual of the settings."""

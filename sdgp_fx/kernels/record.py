@@ -22,7 +22,9 @@ receivers: WeakValueDictionary[str, Receiver] = WeakValueDictionary()
 
 # It only reads. That it writes is declared so that no compiler leaves out a call whose result
 # nobody uses; and a captured CUDA graph, which would replay no Python, must not contain it.
-@torch.library.custom_op("sdgp::record", mutates_args={"numbers"}, tags=torch.Tag.cudagraph_unsafe)
+@torch.library.custom_op(
+    "sdgp::record", mutates_args={"numbers"}, tags=(torch.Tag.cudagraph_unsafe,)
+)
 def record(numbers: Sequence[Tensor], key: str, layers: str) -> None:
     """Hand numbers to the receiver of this key, if there still is one.
 
