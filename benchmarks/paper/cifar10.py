@@ -188,8 +188,6 @@ def train(
     """
     if len(data) < recipe.batch:
         raise ValueError(f"--batch: expected at most {len(data)}, the images, got {recipe.batch}")
-    # Dynamo counts the networks that it has compiled a step for, and ends at 256.
-    torch.compiler.reset()
     device = data.labels.device
     torch.manual_seed(seed)
     network = make(recipe.width).to(device)
