@@ -37,8 +37,8 @@ class Cost(NamedTuple):
     call: float
 
 
-# That of a CPU is measured, with one thread of an AMD EPYC (AVX2) in float32, and half as much
-# again, as a smaller product runs at a lower rate. That of a GPU is calculated for bfloat16 from
+# That of a CPU is estimated from times, of one thread of an AMD EPYC (AVX2) in float32, and half as
+# much again, as a smaller product runs at a lower rate. That of a GPU is calculated for bfloat16 from
 # bytes and launches: 395e12 multiplications and 4.3e12 bytes a second, 3 microseconds a launch.
 COST = {"cpu": Cost(35, 80, 55, 3e6), "cuda": Cost(184, 368, 368, 5e9)}
 
