@@ -254,6 +254,8 @@ def headline(rows: Sequence[Row]) -> list[str]:
     """For every model with prunes in launches of their own, what computes their gradients."""
     lines = []
     for row in rows:
+        if row["structure"] != "element":
+            lines.append(f"{row['model']}: {row['extra_launches']} for {row['layers']} layers")
         for source, count in row["unfused"].items():
             lines.append(f"{row['model']}: {count} pruned in a launch of its own, after {source}")
     return lines or ["every gradient is pruned in the kernel that computes it"]

@@ -37,9 +37,10 @@ class Cost(NamedTuple):
     call: float
 
 
-# That of a CPU is measured, with one thread of an AMD EPYC (AVX2) in float32, and half as much
-# again, as a smaller product runs at a lower rate. That of a GPU is calculated for bfloat16 from
-# bytes and launches: 395e12 multiplications and 4.3e12 bytes a second, 3 microseconds a launch.
+# That of a CPU is estimated from times, of one thread of an AMD EPYC (AVX2) in float32, and half
+# as much again, as a smaller product runs at a lower rate. That of a GPU is calculated for
+# bfloat16 from bytes, with those of a read for the norms, which may be fused: 395e12
+# multiplications and 4.3e12 bytes a second, and 12 microseconds for all that is launched.
 COST = {"cpu": Cost(35, 80, 55, 3e6), "cuda": Cost(184, 368, 368, 5e9)}
 
 
