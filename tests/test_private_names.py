@@ -51,6 +51,9 @@ PRIVATE = {
         "torch._functorch.config": "enable_autograd_cache enable_remote_autograd_cache patch",
         "torch._logging": "trace_structured",
     },
+    "sdgp_fx/kernels/channels.py": {
+        "torch.ops.aten._unsafe_index": "Tensor",
+    },
     "sdgp_fx/kernels/lowering.py": {
         "torch._inductor.config": "triton",
         "torch._inductor.ir": (
@@ -73,6 +76,9 @@ PRIVATE = {
             "sub to_dtype to_dtype_bitcast truediv where"
         ),
         "torch.utils._sympy.functions": "FloorDiv ModularIndexing",
+    },
+    "sdgp_fx/passes/channels.py": {
+        "torch._inductor.decomposition": "select_decomp_table",
     },
     "sdgp_fx/passes/linears.py": {
         "torch._C._nn": "linear",
