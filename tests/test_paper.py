@@ -95,15 +95,17 @@ class Small(nn.Sequential):
         super().__init__(convolution(3, width), convolution(width, 12), pool, nn.Flatten())
 
 
-def test_training_twice(monkeypatch):
-    monkeypatch.setattr(cifar10, "ResNet9", Small)
+def test_training_dense_and_pruned():
     data = images(16)
     pruned = Setting("pruned", SDGPConfig(prune="random"))
-    once, again = (
-        cifar10.train(TINY, pruned.compile("aot_eager"), data, data, 0) for _ in range(2)
+    dense, once, again = (
+        cifar10.train(TINY, setting.compile("aot_eager"), data, data, 0, make=Small)
+        for setting in (Setting("dense"), pruned, pruned)
     )
     assert once == replace(again, seconds=once.seconds)
-    assert len(once.losses) == len(once.accuracies) == 2
+    assert dense.losses[1] != once.losses[1]
+    assert dense.losses[1] == pytest.approx(once.losses[1], rel=0.1)
+    assert len(dense.accuracies) == 2
 
 
 @pytest.mark.parametrize("compiler", INNER_COMPILERS)
