@@ -35,20 +35,20 @@ def measure(
     device: torch.device,
     seconds: float,
     calls: int = 1,
-    clock: Callable[[], float] = perf_counter,
+    clock: Callable[[], float] | None = None,
 ) -> dict[K, Timing]:
     """Time functions in turn, so that what slows the machine down meets all of them alike.
 
     seconds: about how long this takes, after two rounds of warm-up; a function runs 5 times at
         least, and 1000 times at most.
     calls: how often a function does its work each time it is called.
-    clock: read before and after each function, on a CPU.
+    clock: read before and after each function, on a CPU; perf_counter if None.
 
     On CUDA only the end is waited for, not every function: the GPU then always has work queued,
     and what is timed is the GPU, or Python where that is the slower of the two.
     """
     cuda = device.type == "cuda"
-    mark = _event if cuda else clock
+    mark = _event if cuda else clock or perf_counter
     wait = torch.cuda.synchronize if cuda else _nothing
 
     def run_round() -> list[tuple[Any, Any]]:
