@@ -180,7 +180,7 @@ def assert_rewritten(graph, decisions, config):
     assert graph.python_code("self").src == once
 
 
-@examples(0.4)
+@examples(0.25)
 @given(st.data(), strategies.settings(largest_m=8), strategies.seeds)
 def test_networks(data, setting, seed):
     """Every layer is pruned, or dense for its reason; all else is bit for bit as defined."""
