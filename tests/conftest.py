@@ -12,8 +12,8 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # There is a process for each core: no threads, and no processes of Inductor's beside it. Must be
-    # set before torch is imported.
+    # There is a process for each core: threads, and processes that compile, would only add to them.
+    # Must be set before torch is imported.
     os.environ |= {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
 
 import numpy as np

@@ -1,11 +1,6 @@
 """sdgp_fx.monitor: statistics against their definition, and a model that doesn't notice."""
 
 import math
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -330,25 +325,3 @@ def test_every_is_checked(model, every):
 def test_a_bad_option_is_a_value_error(model, option, value, message):
     with pytest.raises(ValueError, match=message):
         sdgp_fx.monitor(model, options={f"sdgp.{option}": value})(images())
-
-
-def test_the_guides_snippets_run(tmp_path):
-    """With aot_eager for Inductor, which takes longer to compile than all of this file's tests."""
-    guide = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
-    snippets = re.findall(r"```python\n(.*?)```", guide, re.S)
-    code = "\n".join(snippets).replace(
-        "torch.compile(model)", "torch.compile(model, backend=STOCK)"
-    )
-    code = code.replace('"inductor"', "STOCK")
-    assert code.count("STOCK") == 2
-    run = subprocess.run(
-        [sys.executable, "-c", f"STOCK = 'aot_eager'\n{code}"],
-        cwd=tmp_path,
-        env={**os.environ, "SDGP_INNER": "aot_eager", "PYTHONPATH": str(Path(__file__).parents[1])},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
-    assert "'step': [0, 2]" in run.stdout
-    assert "2 sdgp_bias/2 " in run.stdout
-    assert (tmp_path / "statistics.png").exists()
