@@ -82,7 +82,9 @@ def commands(text):
     """Module and arguments of every command of the package and of the benchmarks in sh blocks."""
     for language, content, _ in blocks(text):
         for line in content.replace("\\\n", " ").splitlines() if language == "sh" else ():
-            words = list(shlex.shlex(line, posix=True, punctuation_chars=True))
+            lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
+            lexer.whitespace_split = True
+            words = list(lexer)
             for i, word in enumerate(words[:-1]):
                 if word == "-m" and words[i + 1].partition(".")[0] in ("sdgp_fx", "benchmarks"):
                     rest = words[i + 2 :]
