@@ -139,7 +139,8 @@ def test_the_documentation_has_these_figures():
         assert f"|\n{table}\n" in (ROOT / page).read_text()
 
 
-def test_command(tmp_path, capsys):
+def test_command(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(traffic, "build_network", lambda name: Net())
     out = tmp_path / "out.json"
     tiny = ["--model", "test_resnet", "--batch", "4", "--size", "64"]
     assert traffic.main([*tiny, "--prune", "random", "--out", str(out)]) == 0
