@@ -15,7 +15,7 @@ from .definition import eager_sdgp
 
 timm = pytest.importorskip("timm", reason="needs timm")
 
-MODELS = ["resnet18", "regnetx_004", "convnext_atto"]
+MODELS = ["resnet18", "regnetx_002", "convnext_atto"]
 EAGER = {"sdgp.inner": "aot_eager"}
 SHAPE = (2, 3, 64, 64)
 
@@ -134,7 +134,7 @@ def test_all_gradients_are_those_of_the_definition(name):
         assert error < 1e-3, (key, error)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["resnet18", "convnext_atto"])
 def test_inductor(name):
     """The last convolution within rounding of the dense graph; all others as defined, but for
     the few groups in which rounding changes which of two nearly equal values is kept."""
