@@ -7,7 +7,7 @@ from collections import Counter
 import timm
 import torch
 
-from sdgp_fx.products import Convolution, calls_of_convolutions
+from sdgp_fx.products import Convolution, calls_for_images
 
 CLASSES = 1000
 
@@ -20,12 +20,8 @@ def find_convolutions(model: str, batch: int, size: int) -> Counter[Convolution]
     """
     check_model(model)
     network = build_network(model).to("meta")
-    images = torch.empty(batch, 3, size, size, device="meta")
-    try:
-        return Counter(convolution for _, convolution in calls_of_convolutions(network, images))
-    except Exception as error:  # Networks refuse a size with whatever error they happen to meet.
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(f"--size: {model} takes no {size}x{size} images: {reason}") from None
+    calls = calls_for_images(network, model, batch, size)
+    return Counter(convolution for _, convolution in calls)
 
 
 def build_network(model: str) -> torch.nn.Module:

@@ -11,7 +11,7 @@ from torch import fx, nn
 from .backend import aot_eager
 from .config import SDGPConfig
 from .dry_run import DryRun, Product
-from .passes.layers import Layer, module_roots, multiply_adds
+from .passes.layers import Layer, module_roots, multiply_adds, plain_sizes
 from .passes.prune_input_grads import Decision, find_layers, prune_input_grads
 from .report import NO_GRADIENT, NOT_COMPILED, NOT_RUN, Explanation, LayerReport, MultiplyAdds
 
@@ -79,11 +79,11 @@ def _decided(decision: Decision, layer: Layer, config: SDGPConfig) -> LayerRepor
     saved = input_gradient if decision.pruned else 0
     fields = {field.name: getattr(decision, field.name) for field in dataclasses.fields(decision)}
     if decision.kind == "linear":
-        fields["weight"] = _sizes((grad_output[-1], x[-1]))
+        fields["weight"] = plain_sizes((grad_output[-1], x[-1]))
     return LayerReport(
         **fields,
         operation=_operation(decision.kind, decision.transposed, len(grad_output)),
-        input=_sizes(x),
+        input=plain_sizes(x),
         compiled=True,
         multiply_adds=MultiplyAdds(
             forward=count,
@@ -103,14 +103,14 @@ def _dense(product: Product, reason: str) -> LayerReport:
     return LayerReport(
         module=product.module,
         kind=kind,
-        grad_output=_sizes(output),
-        weight=_sizes((output[-1], x[-1]) if kind == "linear" else weight),
+        grad_output=plain_sizes(output),
+        weight=plain_sizes((output[-1], x[-1]) if kind == "linear" else weight),
         groups=product.groups,
         transposed=transposed and kind == "conv",
         pruned=False,
         reason=reason,
         operation=_operation(kind, transposed, len(output)),
-        input=_sizes(x),
+        input=plain_sizes(x),
         compiled=product.compiled,
         multiply_adds=MultiplyAdds(
             forward=count,
@@ -147,7 +147,7 @@ def _not_reached(
                 module=name,
                 kind=kind,
                 grad_output=(),
-                weight=_sizes(weight.shape),
+                weight=plain_sizes(weight.shape),
                 groups=getattr(module, "groups", 1),
                 transposed=transposed,
                 pruned=False,
@@ -210,10 +210,6 @@ def _has_part(name: str, modules: Iterable[str]) -> bool:
 
 def _operation(kind: str, transposed: bool, dims: int) -> str:
     return "linear" if kind == "linear" else f"conv{'_transpose' * transposed}{dims - 2}d"
-
-
-def _sizes(shape: Iterable[Any]) -> tuple[int | str, ...]:
-    return tuple(size if isinstance(size, int) else str(size) for size in shape)
 
 
 def _known(count: Any) -> int | None:

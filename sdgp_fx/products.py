@@ -81,6 +81,21 @@ def calls_of_convolutions(
     return recorder.calls
 
 
+def calls_for_images(
+    network: nn.Module, model: str, batch: int, size: int
+) -> list[tuple[str, Convolution]]:
+    """Those for images (batch, 3, size, size), of a network on the device "meta".
+
+    model: its name. Raises ValueError for images that the network does not take.
+    """
+    images = torch.empty(batch, 3, size, size, device="meta")
+    try:
+        return calls_of_convolutions(network, images)
+    except Exception as error:  # Networks refuse a size with whatever error they happen to meet.
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"--size: {model} takes no {size}x{size} images: {reason}") from None
+
+
 def time_products(
     convolution: Convolution,
     dtype: torch.dtype,

@@ -29,7 +29,7 @@ from .products import (
     PRODUCTS,
     WEIGHT_GRADIENT,
     Convolution,
-    calls_of_convolutions,
+    calls_for_images,
     time_products,
 )
 
@@ -76,16 +76,8 @@ class Workload:
 
     def calls(self) -> list[tuple[str, Convolution]]:
         """Raises ValueError for images that the network does not take."""
-        meta = torch.device("meta")
-        network = self.build(meta)
-        try:
-            return calls_of_convolutions(network, self.images(meta))
-        except (
-            Exception
-        ) as error:  # Networks refuse a size with whatever error they happen to meet.
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            message = f"--size: {self.model} takes no {self.size}x{self.size} images: {reason}"
-            raise ValueError(message) from None
+        network = self.build(torch.device("meta"))
+        return calls_for_images(network, self.model, self.batch, self.size)
 
 
 def measure_layers(

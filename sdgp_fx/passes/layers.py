@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 from torch import fx
@@ -82,6 +82,11 @@ def multiply_adds(
     if kind == "linear":
         return math.prod(input) * output[-1]
     return math.prod(input if transposed else output) * math.prod(weight[1:])
+
+
+def plain_sizes(shape: Iterable[Any]) -> tuple[int | str, ...]:
+    """A shape for people and JSON: a symbolic size is its symbol's name."""
+    return tuple(size if isinstance(size, int) else str(size) for size in shape)
 
 
 def is_pruned(grad_output: fx.Node) -> bool:

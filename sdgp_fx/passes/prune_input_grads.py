@@ -33,7 +33,7 @@ from ..kernels import op
 from ..kernels.op import CHANNEL_FACTOR, PRUNE_NM
 from . import channels, linears
 from .convolutions import find_convolutions
-from .layers import DECISION, Layer, add_call, compute
+from .layers import DECISION, Layer, add_call, compute, plain_sizes
 
 # A channel that keeps next to nothing may have any factor. A kept value times it stays below the
 # channel's sum, but a weight could become infinite, and NaN times the zeros of the gradient.
@@ -232,18 +232,17 @@ def _draw(layers: list[Layer], config: SDGPConfig) -> dict[fx.Node, fx.Node]:
 def _decide(layer: Layer, module: str, config: SDGPConfig) -> Decision:
     if DECISION in layer.grad_output.meta:
         return cast(Decision, layer.grad_output.meta[DECISION])
-    reason, weight = _reason_dense(layer, module, config), _shape(layer.weight)
+    reason, weight = (
+        _reason_dense(layer, module, config),
+        plain_sizes(layer.weight.meta["val"].shape),
+    )
     return Decision(
         module=module,
         kind=layer.kind,
-        grad_output=_shape(layer.grad_output),
+        grad_output=plain_sizes(layer.grad_output.meta["val"].shape),
         weight=weight[-2:] if layer.kind == "linear" else weight,
         groups=layer.groups,
         transposed=layer.transposed,
         pruned=not reason,
         reason=reason,
     )
-
-
-def _shape(node: fx.Node) -> tuple[int | str, ...]:
-    return tuple(size if isinstance(size, int) else str(size) for size in node.meta["val"].shape)
