@@ -16,7 +16,7 @@ from benchmarks.paper.cifar10 import Draw, Images, Recipe, Run
 from benchmarks.paper.experiment import Setting
 from benchmarks.paper.resnet9 import ResNet9, convolution
 from benchmarks.paper.scaled import ScaledPruning
-from benchmarks.paper.settings import BEYOND, FIG8, PRECISION, TABLE1
+from benchmarks.paper.settings import BEYOND, CHANNELS, FIG8, PRECISION, TABLE1
 from sdgp_fx import SDGPConfig
 from sdgp_fx.config import INNER_COMPILERS
 
@@ -108,6 +108,33 @@ def test_training_dense_and_pruned():
     assert len(dense.accuracies) == 2
 
 
+def test_the_last_steps_dense():
+    """Of 4 steps the last two; up to them all is as if every step were pruned."""
+    data = images(16)
+    pruned = Setting("pruned", SDGPConfig(n=1, prune="magnitude"))
+    recipe = replace(TINY, batch=4, epochs=1)
+
+    def losses(setting):
+        arguments = setting.compile("aot_eager"), data, data, 0
+        monitored = []
+        with pytest.MonkeyPatch.context() as patch:
+            update = cifar10.update
+            patch.setattr(
+                cifar10,
+                "update",
+                lambda loss, *rest: (monitored.append(loss.item()), update(loss, *rest)),
+            )
+            cifar10.train(recipe, *arguments, make=Small, dense_last=setting.dense_last)
+        return monitored
+
+    always, half = losses(pruned), losses(replace(pruned, dense_last=0.5))
+    whole, never = losses(replace(pruned, dense_last=1.0)), losses(Setting("dense"))
+    assert whole == never != always
+    # The first step that is dense is the third, whose gradients the fourth's loss shows.
+    assert half[:3] == always[:3]
+    assert half[3] != always[3]
+
+
 @pytest.mark.parametrize("compiler", INNER_COMPILERS)
 def test_pruned_gradients_times_two(compiler):
     network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 8, 1))
@@ -155,7 +182,7 @@ def trained(monkeypatch):
     """What training is asked for; every run has its seed and setting in its accuracy."""
     calls = []
 
-    def train(recipe, compile, data, test, seed, watch, make=Small):
+    def train(recipe, compile, data, test, seed, watch, make=Small, dense_last=0.0):
         network = Small(4)
         for done in range(recipe.epochs + 1):
             watch(done, network)
@@ -195,6 +222,8 @@ def test_runs_are_shared_by_what_was_trained(trained, tmp_path):
     assert len(trained) == len(TABLE1) + len(FIG8) - 2
     experiment.run(in_float32(BEYOND), 1, *arguments)
     assert len(trained) == len(TABLE1) + len(FIG8) - 2 + 4
+    experiment.run(in_float32(CHANNELS), 1, *arguments)
+    assert len(trained) == len(TABLE1) + len(FIG8) + 2 + len(CHANNELS) - 2
     experiment.run(PRECISION, 1, *arguments)
     assert [dtype for _, dtype, _ in trained[-8:]] == ["float16"] * 4 + ["bfloat16"] * 4
 

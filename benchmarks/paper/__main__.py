@@ -61,6 +61,16 @@ EXPERIMENTS = {
         settings.BEYOND,
         pictures.draw_accuracies,
     ),
+    "channels": Experiment(
+        "not in the paper: whole channels, by each function, at 2:4, 1:4 and 2:16",
+        settings.CHANNELS,
+        pictures.draw_accuracies,
+    ),
+    "race": Experiment(
+        "not in the paper: accuracy over the time of training, of elements and of whole channels",
+        settings.RACE,
+        pictures.draw_race,
+    ),
     "precision": Experiment(
         "not in the paper: float16 beside bfloat16",
         settings.PRECISION,

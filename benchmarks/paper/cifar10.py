@@ -177,10 +177,12 @@ def train(
     seed: int,
     watch: Callable[[int, nn.Module], None] = lambda done, network: None,
     make: Callable[[int], nn.Module] = ResNet9,
+    dense_last: float = 0.0,
 ) -> Run:
     """Train a network from seed and test it after each epoch.
 
     compile: arguments for torch.compile.
+    dense_last: the share of the steps, the last ones, that the recipe's compiler alone compiles.
     watch: called ahead of each epoch and at the end, with the number of epochs that are done and
         the network.
     make: makes the network, of the recipe's width.
@@ -192,7 +194,10 @@ def train(
     torch.manual_seed(seed)
     network = make(recipe.width).to(device)
     network = network.to(memory_format=torch.channels_last)
-    step = make_step(network, recipe, compile)
+    pruned = compile_loss(network, recipe, compile)
+    dense = compile_loss(network, recipe, {"backend": recipe.compiler})
+    optimizer = make_optimizer(network)
+    scaler = torch.amp.GradScaler(device.type, enabled=recipe.dtype == "float16")
     generator = torch.Generator().manual_seed(seed)
     run, total = Run(), len(data) // recipe.batch
     for epoch in range(recipe.epochs):
@@ -200,7 +205,11 @@ def train(
         network.train()
         start, losses = perf_counter(), []
         for i, (batch, draw) in enumerate(batches(data, recipe.batch, generator)):
-            losses.append(step(batch, draw, learning_rate(epoch + i / total, recipe)))
+            now = epoch + i / total
+            loss_of = pruned if now < recipe.epochs * (1 - dense_last) else dense
+            loss = loss_of(batch.images, batch.labels, draw)
+            update(loss, optimizer, scaler, learning_rate(now, recipe))
+            losses.append(loss.detach())
         run.losses.append(torch.stack(losses).mean().item())
         run.seconds.append(perf_counter() - start)
         run.accuracies.append(accuracy(network, test, recipe))
@@ -208,10 +217,10 @@ def train(
     return run
 
 
-def make_step(
+def compile_loss(
     network: nn.Module, recipe: Recipe, compile: Mapping[str, Any]
-) -> Callable[[Images, Draw, float], Tensor]:
-    """A function that does a training step at a learning rate and returns the loss.
+) -> Callable[[Tensor, Tensor, Draw], Tensor]:
+    """The loss of images of bytes, labels and their augmentation, compiled.
 
     compile: arguments for torch.compile.
     """
@@ -224,15 +233,7 @@ def make_step(
             logits = network(inputs)
         return F.cross_entropy(logits.float(), labels, label_smoothing=LABEL_SMOOTHING)
 
-    optimizer = make_optimizer(network)
-    scaler = torch.amp.GradScaler(device.type, enabled=recipe.dtype == "float16")
-
-    def step(batch: Images, draw: Draw, lr: float) -> Tensor:
-        loss = loss_of(batch.images, batch.labels, draw)
-        update(loss, optimizer, scaler, lr)
-        return loss.detach()
-
-    return step
+    return loss_of
 
 
 def update(

@@ -21,7 +21,7 @@ from .cifar10 import Images, Recipe, Run, train
 from .scaled import scaled
 
 # What settings differ in, of SDGPConfig.
-OPTIONS = ("n", "m", "prune", "rescale")
+OPTIONS = ("n", "m", "prune", "rescale", "structure")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +32,7 @@ class Setting:
     paper: the test accuracy that McDanel et al. report, in percent.
     scale: what pruned gradients are multiplied by.
     dtype: of autocast; None for the recipe's.
+    dense_last: the share of the steps, the last ones, whose gradients are dense after all.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Setting:
     paper: float | None = None
     scale: float = 1.0
     dtype: str | None = None
+    dense_last: float = 0.0
 
     def compile(self, compiler: str) -> dict[str, Any]:
         """Arguments for torch.compile, with this compiler inside."""
@@ -54,14 +56,16 @@ class Setting:
         """A gradient (N, C, *spatial), pruned in eager mode."""
         if self.config is None:
             return gradient
-        n, m, function, rescale = (getattr(self.config, name) for name in OPTIONS)
-        return self.scale * prune(gradient, n, m, prune=function, rescale=rescale)
+        config = self.config
+        pruned = prune(gradient, config.n, config.m, prune=config.prune, rescale=config.rescale)
+        return self.scale * pruned
 
     def facts(self) -> dict[str, Any]:
         """What makes a run be of this setting, whatever its name."""
         config = self.config
         options = None if config is None else {name: getattr(config, name) for name in OPTIONS}
-        return {"options": options, "scale": self.scale, "dtype": self.dtype}
+        own = {name: getattr(self, name) for name in ("scale", "dtype", "dense_last")}
+        return {"options": options, **own}
 
 
 def run(
@@ -90,7 +94,8 @@ def run(
         for setting, seed in missing:
             own = dataclasses.replace(recipe, dtype=setting.dtype or recipe.dtype)
             watch = epochs_of(f"{setting.name}, seed {seed}", recipe, begin)
-            result = train(own, setting.compile(own.compiler), data, test, seed, watch)
+            compile, dense_last = setting.compile(own.compiler), setting.dense_last
+            result = train(own, compile, data, test, seed, watch, dense_last=dense_last)
             report.add([make_row(setting, seed, result)])
     return report
 
@@ -157,7 +162,7 @@ def less_dense(rows: Sequence[Row], setting: Setting) -> list[float]:
 
     Seed by seed, as both runs start from the same weights and see the same batches.
     """
-    dense = accuracies(rows, dataclasses.replace(setting, config=None, scale=1.0))
+    dense = accuracies(rows, dataclasses.replace(setting, config=None, scale=1.0, dense_last=0.0))
     own = accuracies(rows, setting)
     return [value - dense[seed] for seed, value in own.items() if seed in dense]
 

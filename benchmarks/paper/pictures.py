@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -73,6 +74,27 @@ def draw_pattern(rows: Sequence[Row], settings: Sequence[Setting], title: str) -
     axes.set_xscale("log", base=2)
     axes.set_xticks([4, 8, 16, 32], ["4", "8", "16", "32"])
     axes.set_xlabel("m")
+    axes.set_ylabel("test accuracy, %")
+    axes.legend(frameon=False)
+    return figure
+
+
+def draw_race(rows: Sequence[Row], settings: Sequence[Setting], title: str) -> Figure:
+    """Test accuracy over the time of training, the means of all seeds.
+
+    An epoch's time is the median of all but each run's first, in which it is compiled.
+    """
+    figure, (axes,) = _figure(1, title)
+    for setting in settings:
+        own = runs_of(rows, setting)
+        later = [seconds for row in own for seconds in row["seconds"][1:]]
+        if not later:
+            continue
+        means = [mean(values) for values in zip(*(row["accuracies"] for row in own), strict=True)]
+        epoch = statistics.median(later)
+        times = [epoch * (i + 1) for i in range(len(means))]
+        axes.plot(times, [100 * value for value in means], marker=".", label=setting.name)
+    axes.set_xlabel("s of training")
     axes.set_ylabel("test accuracy, %")
     axes.legend(frameon=False)
     return figure

@@ -63,3 +63,23 @@ PRECISION = tuple(
         ("mvue", SDGPConfig(prune="mvue")),
     )
 )
+
+# Not in the paper: whole channels, in all layers, beside the elements that it prunes.
+CHANNELS = (
+    DENSE,
+    Setting("elements 2:4", SDGPConfig(prune=RESCALED)),
+    *(
+        Setting(
+            f"channels {n}:{m}, {function}",
+            SDGPConfig(n=n, m=m, prune=function, structure="channel_always"),
+        )
+        for function in (RESCALED, "magnitude", "mvue", "random")
+        for n, m in ((2, 4), (1, 4), (2, 16))
+    ),
+    Setting(
+        "channels 2:4, last fifth dense",
+        SDGPConfig(prune=RESCALED, structure="channel_always"),
+        dense_last=0.2,
+    ),
+)
+RACE = tuple(s for s in CHANNELS if s.config is None or s.config.prune == RESCALED)
