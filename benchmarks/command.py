@@ -98,12 +98,6 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--seconds", type=positive(float), default=default, help=budget)
 
 
-def pattern(text: str) -> tuple[int, int]:
-    """n and m of "n:m"."""
-    n, m = text.split(":")
-    return int(n), int(m)
-
-
 def run(benchmark: Benchmark, parser: Parser, argv: Sequence[str] | None) -> int:
     """Measure what argv (sys.argv by default) asks for, and show it; return the exit code."""
     settings = vars(parser.parse_args(argv))

@@ -7,6 +7,7 @@ from collections import Counter
 import timm
 import torch
 
+from sdgp_fx.networks import check_model
 from sdgp_fx.products import Convolution, calls_for_images
 
 CLASSES = 1000
@@ -18,7 +19,7 @@ def find_convolutions(model: str, batch: int, size: int) -> Counter[Convolution]
     batch, size: the network gets images (batch, 3, size, size).
     Raises ValueError if timm has no such network, or if it takes no such images.
     """
-    check_model(model)
+    check_model(model, "--model")
     network = build_network(model).to("meta")
     calls = calls_for_images(network, model, batch, size)
     return Counter(convolution for _, convolution in calls)
@@ -27,9 +28,3 @@ def find_convolutions(model: str, batch: int, size: int) -> Counter[Convolution]
 def build_network(model: str) -> torch.nn.Module:
     """A timm network in training mode, for CLASSES classes."""
     return timm.create_model(model, num_classes=CLASSES)
-
-
-def check_model(model: str) -> None:
-    """Raise ValueError if timm has no network of this name."""
-    if not timm.is_model(model):
-        raise ValueError(f"--model: expected a network of timm, got {model!r}")

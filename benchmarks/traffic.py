@@ -31,12 +31,13 @@ from torch.utils._ordered_set import OrderedSet
 from sdgp_fx import SDGPConfig, sdgp
 from sdgp_fx.kernels.lowering import TileLoops
 from sdgp_fx.kernels.op import PRUNE_NM
+from sdgp_fx.networks import check_model
 from sdgp_fx.passes import layers
 
 from . import command
 from .benchmark import Benchmark, Task
 from .gpu_codegen import generate
-from .layers import build_network, check_model
+from .layers import build_network
 from .report import Row
 
 MODELS = (
@@ -189,7 +190,7 @@ def plan(
     pruning["structure"] = structure
     SDGPConfig(**pruning)
     for model in models:
-        check_model(model)
+        check_model(model, "--model")
     return [
         Task(model, partial(compare, model, batch, size, dtype, memory_format, pruning))
         for model in models

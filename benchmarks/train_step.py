@@ -21,11 +21,13 @@ from torch import Tensor, nn
 from torch._inductor.utils import fresh_cache
 
 from sdgp_fx import SDGPConfig, sdgp, timing
+from sdgp_fx.__main__ import pattern
 from sdgp_fx.config import INNER_COMPILERS
+from sdgp_fx.networks import check_model
 
 from . import command
 from .benchmark import Benchmark, Task
-from .layers import CLASSES, build_network, check_model
+from .layers import CLASSES, build_network
 from .report import Row
 
 STOCK, SDGP = "stock", "sdgp"
@@ -92,10 +94,9 @@ def plan(
     """A task for each model, after one that has the compiler import and start what it needs."""
     pruning: dict[str, Any] = {"n": n, "m": m, "prune": prune, "rescale": rescale}
     pruning["structure"] = structure
-    for pattern in ((n, m), *also):
-        SDGPConfig(**{**pruning, "n": pattern[0], "m": pattern[1]})
+    SDGPConfig(**pruning)
     for model in models:
-        check_model(model)
+        check_model(model, "--model")
     if inner == "aot_eager" and mode != "default":
         raise ValueError(f"--mode: expected default with --inner aot_eager, got {mode}")
     if dtype == AUTO:
@@ -286,7 +287,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--inner", choices=INNER_COMPILERS, default="inductor", help=inner)
     parser.add_pruning()
     also = "another pattern, timed in turn with the others"
-    parser.add_list("--also", "also", (), also, metavar="N:M", type=command.pattern)
+    parser.add_list("--also", "also", (), also, metavar="N:M", type=pattern)
     compiles = "how often to compile each network (%(default)s)"
     add("--compiles", type=command.positive(int), default=1, help=compiles)
     parser.add_cudnn_benchmark()

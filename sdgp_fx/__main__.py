@@ -162,9 +162,9 @@ def _run_explain(args: argparse.Namespace) -> None:
     from .networks import Uninitialized, build_network, check_model, default_input_size
 
     try:
-        check_model(args.model)
+        check_model(args.model, "MODEL")
     except ValueError as error:
-        raise argparse.ArgumentError(None, f"MODEL: {error}") from None
+        raise argparse.ArgumentError(None, str(error)) from None
     own = default_input_size(args.model)
     given = (*own[: 3 - len(args.input_size)], *args.input_size) if args.input_size else own
     channels = {} if given[0] == own[0] else {"in_chans": given[0]}
@@ -259,9 +259,10 @@ def _add_profile(commands: Any) -> None:
     add("--dtype", choices=dtypes, help="(bfloat16 on a GPU, float32 on the CPU)")
     formats = ("channels_last", "contiguous")
     add("--memory-format", choices=formats, default=formats[0], help="(%(default)s)")
-    patterns = "to estimate for; a step is measured for the first (%(default)s)"
-    default = ["2:4", "1:4", "4:8", "2:8", "1:8"]
-    add("--patterns", nargs="+", default=default, metavar="N:M", help=patterns)
+    patterns = "to estimate for; a step is measured for the first"
+    default = ((2, 4), (1, 4), (4, 8), (2, 8), (1, 8))
+    shown = f"{patterns} ({', '.join(f'{n}:{m}' for n, m in default)})"
+    add("--patterns", nargs="+", type=pattern, default=default, metavar="N:M", help=shown)
     add("--inner", choices=INNER_COMPILERS, default="inductor", help="of the step (%(default)s)")
     seconds = "about how long to time each layer; the steps, 20 times as long (%(default)s)"
     add("--seconds", type=positive(float), default=0.5, help=seconds)
@@ -290,6 +291,18 @@ def positive(number: Callable[[str], Any]) -> Callable[[str], Any]:
         return value
 
     return parse
+
+
+def pattern(text: str) -> tuple[int, int]:
+    """A type for argparse: n and m of "n:m"."""
+    n, _, m = text.partition(":")
+    if not (n.isdecimal() and m.isdecimal()):
+        raise argparse.ArgumentTypeError(f"expected n:m, such as 2:4, got {text!r}")
+    try:
+        config = SDGPConfig(n=int(n), m=int(m))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return config.n, config.m
 
 
 if __name__ == "__main__":

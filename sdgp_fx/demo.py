@@ -259,9 +259,9 @@ def prepare(images: Tensor, data: Data, size: int) -> Tensor:
 def build_model(name: str, channels: int, size: int) -> nn.Module:
     """The timm network of this name, with new weights, in training mode."""
     try:
-        check_model(name)
+        check_model(name, "--model")
     except ValueError as error:
-        refuse(f"--model: {error}")
+        refuse(str(error))
     arguments: dict[str, Any] = {"in_chans": channels, "num_classes": CLASSES}
     default = timm.get_pretrained_cfg(name) or PretrainedCfg()
     own = default.input_size[-1]

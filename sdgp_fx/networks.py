@@ -12,12 +12,15 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
-def check_model(name: str) -> None:
-    """Raise ValueError, with names that are close, if timm has no network of this name."""
+def check_model(name: str, option: str) -> None:
+    """Raise ValueError, with names that are close, if timm has no network of this name.
+
+    option: what the user gave it as, for the message.
+    """
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f"; close: {', '.join(close)}" if close else ""
-        raise ValueError(f"timm has no {name!r}{hint}")
+        raise ValueError(f"{option}: expected a network of timm, got {name!r}{hint}")
 
 
 def default_input_size(name: str) -> tuple[int, int, int]:

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from . import timing
 from .backend import sdgp
-from .config import MAX_M, SDGPConfig
+from .config import MAX_M
+from .networks import check_model
 from .products import (
     FORWARD,
     INPUT_GRADIENT,
@@ -66,8 +67,7 @@ class Workload:
 
     def build(self, device: torch.device) -> nn.Module:
         """The network, with new weights, in training mode. Raises ValueError if there is none."""
-        if not timm.is_model(self.model):
-            raise ValueError(f"MODEL: expected a network of timm, got {self.model!r}")
+        check_model(self.model, "MODEL")
         network: nn.Module = timm.create_model(self.model, num_classes=CLASSES).to(device)
         return network
 
@@ -254,7 +254,6 @@ def run(args: argparse.Namespace) -> None:
 
     Raises argparse.ArgumentError for what can't be measured.
     """
-    patterns = [_pattern(text) for text in args.patterns]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = device.type == "cuda"
     workload = Workload(
@@ -274,9 +273,9 @@ def run(args: argparse.Namespace) -> None:
         _refuse(str(error))
     if not layers:
         _refuse(f"MODEL: expected a network with convolutions, got {args.model}")
-    timed = [] if args.no_step else patterns[:1]
+    timed = [] if args.no_step else args.patterns[:1]
     steps = measure_steps(workload, timed, 20 * args.seconds, args.begin) if timed else {}
-    report = describe(workload, layers, steps, patterns)
+    report = describe(workload, layers, steps, args.patterns)
     if args.json:
         print(json.dumps(report, indent=1))
     else:
@@ -367,18 +366,6 @@ def _print(report: Row) -> None:
 
 def _ms(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
-
-
-def _pattern(text: str) -> tuple[int, int]:
-    """n and m of "n:m"."""
-    n, _, m = text.partition(":")
-    if not (n.isdecimal() and m.isdecimal()):
-        _refuse(f"--patterns: expected n:m, such as 2:4, got {text!r}")
-    try:
-        config = SDGPConfig(n=int(n), m=int(m))
-    except ValueError as error:
-        _refuse(f"--patterns: {error}")
-    return config.n, config.m
 
 
 def _refuse(message: str) -> NoReturn:

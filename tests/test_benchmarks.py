@@ -117,7 +117,7 @@ def test_help(name, capsys):
         ("train_step", ["--model", "resnt18"], "--model: expected a network of timm"),
         ("train_step", ["--n", "5"], "sdgp.n: expected 1 <= n <= sdgp.m = 4, got 5"),
         ("train_step", ["--also", "5:4"], "sdgp.n: expected 1 <= n <= sdgp.m = 4, got 5"),
-        ("train_step", ["--also", "5"], "argument --also: invalid pattern value: '5'"),
+        ("train_step", ["--also", "5"], "argument --also: expected n:m, such as 2:4, got '5'"),
         (
             "train_step",
             ["--mode", "max-autotune", "--inner", "aot_eager"],

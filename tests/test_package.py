@@ -30,7 +30,7 @@ ALLOWED = {
     "__main__": {"config", "demo", "doctor", "explanation", "networks", "profile"},
     "demo": {"doctor", "explanation", "networks", "passes.prune_input_grads"},
     "doctor": {"backend", "config"},
-    "profile": {"backend", "config", "products", "timing"},
+    "profile": {"backend", "config", "networks", "products", "timing"},
     "products": {"timing"},
     "timing": set(),
     "networks": set(),

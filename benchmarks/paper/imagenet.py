@@ -33,9 +33,9 @@ from torchvision.datasets import ImageFolder
 from sdgp_fx import SDGPConfig
 from sdgp_fx.__main__ import positive
 from sdgp_fx.config import INNER_COMPILERS
+from sdgp_fx.networks import check_model
 
 from .. import command
-from ..layers import check_model
 from ..report import Report, Row, caption, environment
 from ..terminal import print_table, progress
 from .cifar10 import LABEL_SMOOTHING, autocast, make_optimizer, up_and_down, update
@@ -255,7 +255,7 @@ def check(recipe: Recipe, data: ImageFolder, test: ImageFolder, process: Process
             f"--root: expected the same classes in train and val, got {len(data.classes)} and "
             f"{len(test.classes)}, or other names"
         )
-    check_model(recipe.model)
+    check_model(recipe.model, "--model")
     if recipe.batch % process.count or recipe.batch > len(data):
         raise ValueError(
             f"--batch: expected a multiple of {process.count}, the processes, up to {len(data)}, "
