@@ -108,6 +108,14 @@ def test_training_dense_and_pruned():
     assert len(dense.accuracies) == 2
 
 
+def test_more_runs_than_dynamo_recompiles(monkeypatch):
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+    data = images(8)
+    for seed in range(2):
+        arguments = Setting("dense").compile("aot_eager"), data, data, seed
+        cifar10.train(replace(TINY, epochs=1), *arguments, make=Small)
+
+
 def test_the_last_steps_dense():
     """Of 4 steps the last two; up to them all is as if every step were pruned."""
     data = images(16)
