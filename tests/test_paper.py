@@ -108,12 +108,12 @@ def test_training_dense_and_pruned():
     assert len(dense.accuracies) == 2
 
 
-def test_more_runs_than_dynamo_recompiles(monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+def test_more_settings_than_dynamo_recompiles():
     data = images(8)
-    for seed in range(2):
-        arguments = Setting("dense").compile("aot_eager"), data, data, seed
-        cifar10.train(replace(TINY, epochs=1), *arguments, make=Small)
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for n in (1, 2):
+            arguments = Setting("pruned", SDGPConfig(n=n)).compile("aot_eager"), data, data, 0
+            cifar10.train(replace(TINY, epochs=1), *arguments, make=Small)
 
 
 def test_the_last_steps_dense():

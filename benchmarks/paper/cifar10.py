@@ -191,7 +191,7 @@ def train(
     if len(data) < recipe.batch:
         raise ValueError(f"--batch: expected at most {len(data)}, the images, got {recipe.batch}")
     device = data.labels.device
-    torch.compiler.reset()  # Or all runs would count together against Dynamo's recompile_limit.
+    torch.compiler.reset()  # Or all settings would count against Dynamo's recompile_limit.
     torch.manual_seed(seed)
     network = make(recipe.width).to(device)
     network = network.to(memory_format=torch.channels_last)
