@@ -9,6 +9,7 @@ from torch import nn
 
 import sdgp_fx
 from sdgp_fx import backend
+from sdgp_fx.config import INNER_COMPILERS
 from sdgp_fx.passes import prune_input_grads as the_pass
 
 from .definition import eager_sdgp
@@ -22,7 +23,11 @@ SHAPE = (2, 3, 64, 64)
 
 def make(name):
     torch.manual_seed(0)
-    return timm.create_model(name, num_classes=10)
+    model = timm.create_model(name, num_classes=10)
+    for module in model.modules():  # A block that ends in zeros leaves its layers no gradient.
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.ones_(module.weight)
+    return model
 
 
 def step(model, forward):
@@ -134,6 +139,36 @@ def test_all_gradients_are_those_of_the_definition(name):
         assert error < 1e-3, (key, error)
 
 
+class PooledThenNormalized(nn.Module):
+    """As ConvNeXt ends. channels_last, its pooling's backward writes over zeros."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Conv2d(3, 40, 4, 4), nn.Conv2d(40, 64, 2, 2)
+        self.gamma = nn.Parameter(torch.ones(64))
+        self.norm, self.head = nn.LayerNorm(64), nn.Linear(64, 10)
+
+    def forward(self, images):
+        x = self.second(self.first(images)) * self.gamma[:, None, None]
+        x = F.adaptive_avg_pool2d(x, 1).permute(0, 2, 3, 1)
+        return self.head(self.norm(x).flatten(1))
+
+
+def test_what_is_overwritten_is_written_before():
+    """torch 2.11 alone fails without `keep_order`."""
+    results = []
+    for inner in INNER_COMPILERS:
+        model = PooledThenNormalized().to(memory_format=torch.channels_last)
+        forward = torch.compile(model, backend="sdgp", options={"sdgp.inner": inner})
+        results.append(
+            step(model, lambda images, f=forward: f(images.to(memory_format=torch.channels_last)))
+        )
+    for name, gradient in results[0].items():
+        torch.testing.assert_close(gradient, results[1][name], rtol=1e-4, atol=1e-6)
+    assert results[0]["first.weight"].norm() > 0.1
+
+
 @pytest.mark.parametrize("name", ["resnet18", "convnext_atto"])
 def test_inductor(name):
     """The last convolution within rounding of the dense graph; all others as defined, but for
@@ -147,8 +182,8 @@ def test_inductor(name):
     dense = step(model, model)
     last = last_convolution(model)
     for key in (f"{last}.weight", f"{last}.bias"):
-        if key in dense:
-            torch.testing.assert_close(result[key], dense[key], rtol=1e-3, atol=1e-5)
+        if key in dense:  # Of any size: with layer scale they are of 1e-6.
+            assert (result[key] - dense[key]).norm() < 1e-3 * dense[key].norm()
     for key, grad in expected.items():
         error = (result[key] - grad).norm() / grad.norm().clamp(min=1e-6)
         assert error < 2e-2, (key, error)

@@ -77,6 +77,11 @@ PRIVATE = {
         ),
         "torch.utils._sympy.functions": "FloorDiv ModularIndexing",
     },
+    "sdgp_fx/kernels/overwrites.py": {
+        "torch._inductor.dependencies": "Dep StarDep WeakDep",
+        "torch._inductor.scheduler.SchedulerNode": "recompute_size_and_body",
+        "torch.utils._ordered_set": "OrderedSet",
+    },
     "sdgp_fx/passes/channels.py": {
         "torch._inductor.decomposition": "select_decomp_table",
     },

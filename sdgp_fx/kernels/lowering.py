@@ -35,7 +35,10 @@ from torch.utils._sympy.functions import FloorDiv, ModularIndexing
 
 from ..config import MAX_M
 from .op import PRUNE_NM
+from .overwrites import keep_order
 from .reference import UNIFORM_BITS
+
+keep_order()
 
 Index = Sequence[Any]  # of sympy expressions
 Variable = Any  # of the generated code
