@@ -37,11 +37,25 @@ def measure(
     calls: int = 1,
     clock: Callable[[], float] | None = None,
 ) -> dict[K, Timing]:
-    """Time functions in turn, so that what slows the machine down meets all of them alike.
+    """Medians of `sample`, of functions that do their work so many times a call."""
+    return {
+        name: summarize([seconds / calls for seconds in column])
+        for name, column in sample(functions, device, seconds, clock).items()
+    }
+
+
+def sample(
+    functions: Mapping[K, Callable[[], Any]],
+    device: torch.device,
+    seconds: float,
+    clock: Callable[[], float] | None = None,
+) -> dict[K, list[float]]:
+    """Seconds of functions called in turn: what slows the machine down meets all of them alike.
+
+    The i-th of each are of one round, and so of about the same moment.
 
     seconds: about how long this takes, after two rounds of warm-up; a function runs 5 times at
         least, and 1000 times at most.
-    calls: how often a function does its work each time it is called.
     clock: read before and after each function, on a CPU; perf_counter if None.
 
     On CUDA only the end is waited for, not every function: the GPU then always has work queued,
@@ -68,7 +82,7 @@ def measure(
     samples = [run_round() for _ in range(max(_FEWEST, min(rounds, _MOST)))]
     wait()
     return {
-        name: _summarize([_elapsed(start, end) / calls for start, end in column])
+        name: [_elapsed(start, end) for start, end in column]
         for name, column in zip(functions, zip(*samples, strict=True), strict=True)
     }
 
@@ -149,6 +163,7 @@ def _nothing() -> None:
     pass
 
 
-def _summarize(samples: Sequence[float]) -> Timing:
+def summarize(samples: Sequence[float]) -> Timing:
+    """Median, quartiles and number."""
     low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
     return Timing(median, low, high, len(samples))

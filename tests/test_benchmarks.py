@@ -591,6 +591,17 @@ def test_patterns_are_compiled_and_timed_in_turn(monkeypatch):
     assert len({row["sdgp_ms"] for row in rows}) == 3
 
 
+def test_ratios_are_those_of_a_round(monkeypatch):
+    """The machine gets slower in every round, and the medians' ratio is 4 / 3."""
+    columns = {"stock": [1, 2, 3, 4, 5], "sdgp": [2, 4, 3, 4, 5]}
+    monkeypatch.setattr(timing, "sample", lambda *_: columns)
+    monkeypatch.setattr(timing, "peak_memory", lambda *_: 0)
+    monkeypatch.setattr(train_step, "make_step", lambda *_: lambda: torch.tensor(1.0))
+    arguments = (CPU, "test_resnet", 2, 32, "float32", "channels_last", compiler(), 1, False, 1e-9)
+    (row,) = train_step.measure(*arguments)
+    assert [row[key] for key in ("ratio_low", "ratio", "ratio_high")] == [1, 1, 2]
+
+
 # Sparse products
 
 
