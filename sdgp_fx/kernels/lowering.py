@@ -173,8 +173,9 @@ def _dense_layout(like: ir.TensorBox, order: Sequence[int]) -> ir.FixedLayout:
 def _record_stride_order(node: fx.Node, order: Sequence[int]) -> None:
     recorded = node.meta["val"]
     if ir.get_stride_order(recorded.stride(), V.graph.sizevars.shape_env) != order:
-        strides = ir.FlexibleLayout.stride_ordered(recorded.shape, order)
-        node.meta["val"] = recorded.new_empty_strided(recorded.shape, strides)
+        outermost_first = sorted(range(recorded.dim()), key=order.__getitem__, reverse=True)
+        dense = recorded.new_empty([recorded.shape[dim] for dim in outermost_first])
+        node.meta["val"] = dense.permute([outermost_first.index(dim) for dim in range(dense.dim())])
 
 
 # The loops
