@@ -76,10 +76,13 @@ CHANNELS = (
         for function in (RESCALED, "magnitude", "mvue", "random")
         for n, m in ((2, 4), (1, 4), (2, 16))
     ),
-    Setting(
-        "channels 2:4, last fifth dense",
-        SDGPConfig(prune=RESCALED, structure="channel_always"),
-        dense_last=0.2,
+    *(
+        Setting(
+            f"channels 2:4, {function}, last fifth dense",
+            SDGPConfig(prune=function, structure="channel_always"),
+            dense_last=0.2,
+        )
+        for function in (RESCALED, "magnitude")
     ),
 )
-RACE = tuple(s for s in CHANNELS if s.config is None or s.config.prune == RESCALED)
+RACE = (*CHANNELS[:2], *(s for s in CHANNELS if s.config and s.config.prune == "magnitude"))
