@@ -53,7 +53,7 @@ class Setting:
         return {"backend": "sdgp", "options": options}
 
     def prune(self, gradient: Tensor) -> Tensor:
-        """A gradient (N, C, *spatial), pruned in eager mode."""
+        """A gradient (N, C, *spatial), pruned in eager mode: elements, whatever the structure."""
         if self.config is None:
             return gradient
         config = self.config

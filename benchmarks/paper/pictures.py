@@ -42,9 +42,7 @@ def draw_curves(rows: Sequence[Row], settings: Sequence[Setting], title: str) ->
         epochs = range(1, len(own[0]["losses"]) + 1)
         marker = "." if len(epochs) < 20 else None
         for axes, key, scale in ((left, "losses", 1), (right, "accuracies", 100)):
-            means = [
-                scale * mean(values) for values in zip(*(row[key] for row in own), strict=True)
-            ]
+            means = [scale * value for value in _by_epoch(own, key)]
             axes.plot(epochs, means, marker=marker, label=setting.name)
     left.set_ylabel("training loss")
     right.set_ylabel("test accuracy, %")
@@ -90,10 +88,10 @@ def draw_race(rows: Sequence[Row], settings: Sequence[Setting], title: str) -> F
         later = [seconds for row in own for seconds in row["seconds"][1:]]
         if not later:
             continue
-        means = [mean(values) for values in zip(*(row["accuracies"] for row in own), strict=True)]
+        means = [100 * value for value in _by_epoch(own, "accuracies")]
         epoch = statistics.median(later)
         times = [epoch * (i + 1) for i in range(len(means))]
-        axes.plot(times, [100 * value for value in means], marker=".", label=setting.name)
+        axes.plot(times, means, marker=".", label=setting.name)
     axes.set_xlabel("s of training")
     axes.set_ylabel("test accuracy, %")
     axes.legend(frameon=False)
@@ -109,6 +107,11 @@ def entitle(figure: Figure, title: str) -> None:
     """Write title in as many lines as the figure is wide for."""
     characters = int(figure.get_figwidth() * 13)
     figure.suptitle(textwrap.fill(title, characters), x=0.01, ha="left", fontsize=10)
+
+
+def _by_epoch(rows: Sequence[Row], key: str) -> list[float]:
+    """What rows have under key for each epoch: the mean of all."""
+    return [mean(values) for values in zip(*(row[key] for row in rows), strict=True)]
 
 
 def _figure(columns: int, title: str) -> tuple[Figure, Sequence[Axes]]:
