@@ -232,10 +232,8 @@ def _draw(layers: list[Layer], config: SDGPConfig) -> dict[fx.Node, fx.Node]:
 def _decide(layer: Layer, module: str, config: SDGPConfig) -> Decision:
     if DECISION in layer.grad_output.meta:
         return cast(Decision, layer.grad_output.meta[DECISION])
-    reason, weight = (
-        _reason_dense(layer, module, config),
-        plain_sizes(layer.weight.meta["val"].shape),
-    )
+    reason = _reason_dense(layer, module, config)
+    weight = plain_sizes(layer.weight.meta["val"].shape)
     return Decision(
         module=module,
         kind=layer.kind,
