@@ -49,7 +49,8 @@ class Parser(argparse.ArgumentParser):
         self, option: str, dest: str, default: Sequence[Any], help: str, **kwargs: Any
     ) -> None:
         """Add an option that may be given several times."""
-        listed = ", ".join(map(str, default))
+        values = (value if isinstance(value, tuple) else (value,) for value in default)
+        listed = ", ".join(":".join(map(str, value)) for value in values)
         described = f"{help}, may be given several times ({listed})"
         self.add_argument(
             option, dest=dest, action=_Append, default=list(default), help=described, **kwargs

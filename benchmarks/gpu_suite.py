@@ -19,7 +19,7 @@ import torch
 
 from sdgp_fx.config import PRUNING_FUNCTIONS
 
-from . import ceilings, command, convolutions, prune_op, sparse_mm, train_step
+from . import ceilings, command, convolutions, prune_op, sparse_mm, train_step, whole_channels
 from .benchmark import Benchmark
 from .correctness import KERNELS, NETWORK, failures
 from .report import Report, caption, environment
@@ -96,6 +96,8 @@ def suite(quick: bool, processes: int) -> list[Part]:
     step |= {"structure": "element", "also": (), "cached": False, "cpu_time": False}
     step |= {"inner": "aot_eager" if quick else "inductor", "seconds": 20 * seconds}
     convolution = {**images, **dtype, **format_, "seconds": seconds}
+    whole = {**convolution, "models": resnets[:1], "patterns": whole_channels.PATTERNS}
+    whole |= {"prune": "magnitude", "inner": step["inner"]}
     sparse = {**images, **dtype, "squares": [4096, 8192], "seconds": seconds}
 
     def train(model: str) -> Part:
@@ -123,6 +125,7 @@ def suite(quick: bool, processes: int) -> list[Part]:
         *map(train, networks[2:]),
         pruning("prune_op_patterns", 1, ms=[2, 8, 16, 32]),
         pruning("prune_op_float32", 1, ms=[4], dtype="float32"),
+        Part("whole_channels", whole_channels.BENCHMARK, whole, 1),
     ]
 
 

@@ -29,11 +29,13 @@ from benchmarks import (
     sparse_mm,
     terminal,
     train_step,
+    whole_channels,
 )
 from benchmarks.benchmark import Benchmark, Task
 from benchmarks.command import MEMORY_FORMATS
 from benchmarks.gpu_suite import DONE, FAILED, NEEDS_CUDA, NO_TIME, Part
 from sdgp_fx import products, timing
+from sdgp_fx.kernels.channels import select_channels
 
 from .conftest import HAS_GPU
 
@@ -41,7 +43,7 @@ ROOT = Path(__file__).parents[1]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 MODULES = {
     module.BENCHMARK.name: module
-    for module in (ceilings, convolutions, prune_op, sparse_mm, train_step)
+    for module in (ceilings, convolutions, prune_op, sparse_mm, train_step, whole_channels)
 }
 TINY = ["--model", "test_resnet", "--size", "32", "--batch", "2"]
 SHORT = ["--device", "cpu", "--seconds", "0.001"]
@@ -50,6 +52,7 @@ COMMANDS = {
     "convolutions": [*TINY],
     "prune_op": [*TINY, "--m", "4", "--m", "8"],
     "train_step": [*TINY, "--inner", "aot_eager", "--n", "1"],
+    "whole_channels": [*TINY, "--inner", "aot_eager", "--pattern", "2:4"],
 }
 
 
@@ -123,6 +126,8 @@ def test_help(name, capsys):
             ["--mode", "max-autotune", "--inner", "aot_eager"],
             "--mode: expected default with --inner aot_eager, got max-autotune",
         ),
+        ("whole_channels", ["--model", "resnt18"], "--model: expected a network of timm"),
+        ("whole_channels", ["--pattern", "8:4"], "sdgp.n: expected 1 <= n <= sdgp.m = 4, got 8"),
         ("sparse_mm", [], "--device: expected cuda, which cuSPARSELt needs, got cpu"),
         ("gpu_suite", ["--out", "results"], "--device: expected cuda, got cpu, which is for"),
         ("gpu_suite", [], "the following arguments are required: --out"),
@@ -516,6 +521,75 @@ def test_convolutions_compute_the_gradients(monkeypatch):
     assert [g is None for g in input_gradient[1]] == [False, True, True]
     torch.testing.assert_close(weight_gradient[1][1], gw)
     torch.testing.assert_close(input_gradient[1][0], gx)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_whole_channels_computes_what_it_names(transposed, monkeypatch):
+    """On a layer with stride, padding and groups: dense, pruned, and the smaller product."""
+    made = []
+
+    def sample(functions, device, seconds):
+        made.extend((name, *function()) for name, function in functions.items())
+        return {name: [1e-3, 2e-3, 3e-3] for name in functions}
+
+    def back_to_back(calls, device):
+        return lambda: (calls[0].args, calls[0]())
+
+    monkeypatch.setattr(timing, "sample", sample)
+    monkeypatch.setattr(timing, "back_to_back", back_to_back)
+    kind = torch.nn.ConvTranspose2d if transposed else torch.nn.Conv2d
+    network = kind(8, 16, 3, stride=2, padding=1, groups=2, bias=False)
+    x = torch.randn(2, 8, 7, 7, requires_grad=True)
+    ((_, convolution),) = products.calls_of_convolutions(network, x)
+    settings = ("float32", "channels_last", [(2, 4), (1, 8)], "magnitude", "aot_eager", False, 0.1)
+    rows = whole_channels.measure(CPU, "m", convolution, 3, *settings)
+
+    names = ["dense", ("whole", 2, 4), ("product", 2, 4), ("whole", 1, 8), ("product", 1, 8)]
+    assert [name for name, *_ in made] == names
+    for name, (grad_output, x, weight), gradient in made:
+        prune, n, m = (None, 1, 1) if name == "dense" else name
+        if prune == "whole":
+            norms = grad_output.abs().sum((0, 2, 3))
+            index, _ = select_channels(norms, n, m, "magnitude")
+            dropped = torch.ones(16, dtype=torch.bool).index_fill(0, index, False)
+            grad_output = grad_output.masked_fill(dropped.view(-1, 1, 1), 0)
+        elif prune == "product":
+            assert grad_output.shape[1] == 16 * n // m
+        operands = grad_output, x, weight, None, *convolution.settings, [True, False, False]
+        expected = torch.ops.aten.convolution_backward(*operands)[0]
+        torch.testing.assert_close(gradient, expected)
+    assert [(row["n"], row["m"], row["count"], row["chosen"]) for row in rows] == [
+        (2, 4, 3, False),
+        (1, 8, 3, False),
+    ]
+    assert [row["ratio"] for row in rows] == [1, 1]
+
+
+def test_whole_channels_tells_which_layers_the_rule_chooses(monkeypatch):
+    monkeypatch.setattr(timing, "back_to_back", lambda calls, device: None)
+    monkeypatch.setattr(timing, "sample", lambda functions, *_: dict.fromkeys(functions, [1.0] * 2))
+    found = layers.find_convolutions("resnet18", 16, 128)
+    settings = ("float32", "channels_last", [(2, 4)], "magnitude", "aot_eager", False, 0.1)
+    chosen = {
+        row["convolution"]: row["chosen"]
+        for convolution, count in found.items()
+        if whole_channels.is_pruned(convolution, 4)
+        for row in whole_channels.measure(CPU, "resnet18", convolution, count, *settings)
+    }
+    assert chosen["16x256x8x8 * 256x256x3x3"]
+    assert not chosen["16x64x32x32 * 128x64x1x1 / 2x2"]
+
+
+def test_whole_channels_sum_up_by_count_and_choice():
+    def row(count, dense, whole, product, chosen):
+        times = {"dense_us": dense, "whole_us": whole, "product_us": product}
+        return {"model": "m", "n": 2, "m": 4, "count": count, "chosen": chosen, **times}
+
+    rows = [row(1, 1000, 2000, 500, False), row(3, 3000, 2000, 1000, True)]
+    assert whole_channels.headline([*rows, row(2, 1000, 500, 500, False)]) == [
+        "input gradients of m 2:4: dense 12.00 ms; all pruned 0.750, as the rule chooses 0.750, "
+        "at best 0.667, products alone 0.375 of it"
+    ]
 
 
 # Training steps
