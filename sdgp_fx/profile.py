@@ -356,6 +356,9 @@ def _print(report: Row) -> None:
             _ms(row["measured_step_ms"]),
         )
     console.print(table)
+    if stock is not None:
+        rest = stock - whole
+        console.print(f"All else in a stock step: {rest:.2f} ms, {rest / stock:.1%} of it.")
     note = (
         "The measured steps multiply pruned gradients as dense ones: the estimate needs a product "
         f"that makes use of the zeros. Half of the layers' products have quartiles within "

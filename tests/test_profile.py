@@ -88,6 +88,8 @@ def test_profile_measures_and_shows(timed, capsys, tmp_path, rewritten):
     # 15 layers of 3 ms less the first one's input gradient; 14 of 44 ms can be halved.
     assert "31.8%" in out
     assert "84.1%" in out
+    # Here a step takes as long as one product.
+    assert "All else in a stock step: -43.00 ms" in out
     assert err.count("\n") == len(timed) - 1 + 2
     pixels = imread(picture)[..., :3]
     for color in profile.COLORS.values():
