@@ -95,7 +95,8 @@ def _triton() -> str | None:
 
 def _cpu_name() -> str:
     model = _search(r"model name\s*: (.*)", "/proc/cpuinfo") or platform.machine()
-    return f"CPU {model}, {torch.get_num_threads()} threads"
+    instructions = torch.backends.cpu.get_cpu_capability()
+    return f"CPU {model} ({instructions}), {torch.get_num_threads()} threads"
 
 
 def _driver() -> str | None:
