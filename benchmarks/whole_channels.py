@@ -87,7 +87,8 @@ def measure(
 ) -> list[Row]:
     """A row for each pattern, with the times of the input gradient by stock and by sdgp.
 
-    whole is that by sdgp, product the part of it that multiplies. The convolution has no bias.
+    whole is that by sdgp, product the part of it that multiplies, compiled as well, as its call
+    takes time, too. The convolution has no bias.
     """
     torch.backends.cudnn.benchmark = cudnn_benchmark
     torch._dynamo.reset()  # Every shape is compiled as if there were no other.
@@ -101,30 +102,33 @@ def measure(
         grad_output, x, weight = (t.contiguous(memory_format=format_) for t in made)
         return grad_output, x, weight
 
-    dense = InputGradient(convolution.settings)
+    product = InputGradient(convolution.settings)
+    dense = torch.compile(product, backend=inner, dynamic=False)
     # What computes it, and of which part of the channels.
-    ways: dict[Any, tuple[Callable[..., Tensor], float]] = {}
-    ways[DENSE] = torch.compile(dense, backend=inner, dynamic=False), 1
+    ways: dict[Any, tuple[Callable[..., Tensor], float]] = {DENSE: (dense, 1)}
     chosen = {}
     for n, m in patterns:
         options = {"sdgp.n": n, "sdgp.m": m, "sdgp.prune": prune}
-        by_rule = explain(dense, *operands(1), options={**options, "sdgp.structure": "channel"})
+        by_rule = explain(product, *operands(1), options={**options, "sdgp.structure": "channel"})
         chosen[n, m] = by_rule.layers[0].pruned
         options |= {"sdgp.structure": "channel_always", "sdgp.inner": inner}
         # A backend of its own: what Dynamo has compiled with an equal one it would use again.
-        whole = torch.compile(dense, backend=partial(sdgp), options=options, dynamic=False)
+        whole = torch.compile(product, backend=partial(sdgp), options=options, dynamic=False)
         ways["whole", n, m] = whole, 1
         ways["product", n, m] = dense, n / m
 
     functions, calls = {}, {}
-    for name, (compute, kept) in ways.items():
-        one = sum(t.numel() * t.element_size() for t in operands(kept))
-        each = timing.cold(partial(operands, kept), one, device)
-        calls[name] = len(each)
-        functions[name] = timing.back_to_back([partial(compute, *t) for t in each], device)
+    # Dynamo compiles a function for no more than 8 shapes and backends, else.
+    with torch._dynamo.config.patch(recompile_limit=len(ways)):
+        for name, (compute, kept) in ways.items():
+            one = sum(t.numel() * t.element_size() for t in operands(kept))
+            each = timing.cold(partial(operands, kept), one, device)
+            calls[name] = len(each)
+            functions[name] = timing.back_to_back([partial(compute, *t) for t in each], device)
+        samples = timing.sample(functions, device, seconds)
     times = {
         name: timing.summarize([time / calls[name] for time in column])
-        for name, column in timing.sample(functions, device, seconds).items()
+        for name, column in samples.items()
     }
     rows = []
     for n, m in chosen:
