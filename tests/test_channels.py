@@ -321,7 +321,7 @@ LEAST = math.ceil(2 * (COST["cpu"].value + COST["cpu"].kept / 2))
 
 
 def convolution(inputs, kernel=1, groups=1):
-    return nn.Conv2d(inputs, 64, kernel, groups=groups), (2, inputs, 64, 64)
+    return nn.Conv2d(inputs, 64, kernel, groups=groups), (8, inputs, 64, 64)
 
 
 RULE = {
@@ -329,10 +329,10 @@ RULE = {
     "1x1 of fewer": (*convolution(LEAST - 1), the_pass.DOES_NOT_PAY),
     "3x3": (*convolution(LEAST // 9 + 4, kernel=3), ""),
     "grouped": (*convolution(4 * LEAST - 4, groups=4), the_pass.DOES_NOT_PAY),
-    "transposed": (nn.ConvTranspose2d(LEAST + 20, 64, 1), (2, LEAST + 20, 64, 64), ""),
+    "transposed": (nn.ConvTranspose2d(LEAST + 20, 64, 1), (8, LEAST + 20, 64, 64), ""),
     "transposed, strided": (
         nn.ConvTranspose2d(LEAST + 20, 64, 1, stride=2),
-        (2, LEAST + 20, 64, 64),
+        (8, LEAST + 20, 64, 64),
         the_pass.DOES_NOT_PAY,
     ),
     "few positions": (nn.Conv2d(1024, 1024, 1), (2, 1024, 4, 4), the_pass.DOES_NOT_PAY),

@@ -28,7 +28,8 @@ class Cost(NamedTuple):
     value: for each value of grad_output, which is read for its norm and to be gathered.
     kept: for each that is kept, which is written and read.
     weight: for each value of the weight that is kept.
-    call: for what is launched.
+    call: for what is launched, and for a product that is no longer computed in one call with the
+        weight gradient's.
     """
 
     value: float
@@ -37,11 +38,11 @@ class Cost(NamedTuple):
     call: float
 
 
-# That of a CPU is estimated from times, of one thread of an AMD EPYC (AVX2) in float32, and half
-# as much again, as a smaller product runs at a lower rate. That of a GPU is calculated for
-# bfloat16 from bytes, with those of a read for the norms, which may be fused: 395e12
-# multiplications and 4.3e12 bytes a second, and 12 microseconds for all that is launched.
-COST = {"cpu": Cost(35, 80, 55, 3e6), "cuda": Cost(184, 368, 368, 5e9)}
+# That of a CPU is estimated from times on AMD EPYC in float32, of one thread (AVX2), and half as
+# much again, as a smaller product runs at a lower rate; a call's of two threads (AVX-512). That of
+# a GPU is calculated for bfloat16 from bytes, with those of a read for the norms, which may be
+# fused: 395e12 multiplications and 4.3e12 bytes a second, and 12 microseconds for all launches.
+COST = {"cpu": Cost(35, 80, 55, 1e7), "cuda": Cost(184, 368, 368, 5e9)}
 
 
 def pays(layer: Layer, config: SDGPConfig) -> bool:
