@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import torch
 
 from sdgp_fx.__main__ import positive
-from sdgp_fx.config import PRUNING_FUNCTIONS, RESCALE_SCOPES, STRUCTURES
+from sdgp_fx.config import INNER_COMPILERS, PRUNING_FUNCTIONS, RESCALE_SCOPES, STRUCTURES
 
 from .benchmark import Benchmark
 from .report import Report, environment
@@ -87,6 +87,11 @@ class Parser(argparse.ArgumentParser):
         add("--prune", choices=PRUNING_FUNCTIONS, default=function, help="(%(default)s)")
         add("--rescale", choices=RESCALE_SCOPES, default=scope, help="(%(default)s)")
         add("--structure", choices=STRUCTURES, default=STRUCTURES[0], help="(%(default)s)")
+
+    def add_inner(self) -> None:
+        """Add --inner, of SDGPConfig."""
+        inner = "aot_eager generates no code: to try this command (%(default)s)"
+        self.add_argument("--inner", choices=INNER_COMPILERS, default="inductor", help=inner)
 
     def add_cudnn_benchmark(self) -> None:
         """Add --cudnn-benchmark."""

@@ -22,7 +22,6 @@ from torch._inductor.utils import fresh_cache
 
 from sdgp_fx import SDGPConfig, sdgp, timing
 from sdgp_fx.__main__ import pattern
-from sdgp_fx.config import INNER_COMPILERS
 from sdgp_fx.networks import check_model
 
 from . import command
@@ -287,8 +286,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_memory_format()
     modes = list(torch._inductor.list_mode_options())
     add("--mode", choices=modes, default="default", help="of torch.compile (%(default)s)")
-    inner = "aot_eager generates no code: to try this command (%(default)s)"
-    add("--inner", choices=INNER_COMPILERS, default="inductor", help=inner)
+    parser.add_inner()
     parser.add_pruning()
     also = "another pattern, timed in turn with the others"
     parser.add_list("--also", "also", (), also, metavar="N:M", type=pattern)

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from sdgp_fx import SDGPConfig, explain, sdgp, timing
 from sdgp_fx.__main__ import pattern
-from sdgp_fx.config import INNER_COMPILERS, PRUNING_FUNCTIONS
-from sdgp_fx.products import Convolution
+from sdgp_fx.config import PRUNING_FUNCTIONS
+from sdgp_fx.products import Convolution, cold_operands
 
 from . import command
 from .benchmark import Benchmark, Task
@@ -92,42 +92,33 @@ def measure(
     """
     torch.backends.cudnn.benchmark = cudnn_benchmark
     torch._dynamo.reset()  # Every shape is compiled as if there were no other.
-    format_ = command.MEMORY_FORMATS[memory_format]
-
-    def operands(kept: float) -> tuple[Tensor, Tensor, Tensor]:
-        """grad_output, input and weight, with so many of the output's channels."""
-        smaller = fewer_outputs(convolution, kept)
-        shapes = (smaller.output, smaller.input, smaller.weight)
-        made = (torch.randn(s, device=device, dtype=getattr(torch, dtype)) for s in shapes)
-        grad_output, x, weight = (t.contiguous(memory_format=format_) for t in made)
-        return grad_output, x, weight
-
+    settings = (getattr(torch, dtype), command.MEMORY_FORMATS[memory_format], device)
+    operands = cold_operands(convolution, *settings)
     product = InputGradient(convolution.settings)
     dense = torch.compile(product, backend=inner, dynamic=False)
-    # What computes it, and of which part of the channels.
-    ways: dict[Any, tuple[Callable[..., Tensor], float]] = {DENSE: (dense, 1)}
+    # What computes it, and of what.
+    ways: dict[Any, tuple[Callable[..., Tensor], list[Any]]] = {DENSE: (dense, operands)}
     chosen = {}
     for n, m in patterns:
-        options = {"sdgp.n": n, "sdgp.m": m, "sdgp.prune": prune}
-        by_rule = explain(product, *operands(1), options={**options, "sdgp.structure": "channel"})
+        options: dict[str, Any] = {"sdgp.n": n, "sdgp.m": m, "sdgp.prune": prune}
+        by_rule = explain(product, *operands[0], options={**options, "sdgp.structure": "channel"})
         chosen[n, m] = by_rule.layers[0].pruned
         options |= {"sdgp.structure": "channel_always", "sdgp.inner": inner}
         # A backend of its own: what Dynamo has compiled with an equal one it would use again.
         whole = torch.compile(product, backend=partial(sdgp), options=options, dynamic=False)
-        ways["whole", n, m] = whole, 1
-        ways["product", n, m] = dense, n / m
+        ways["whole", n, m] = whole, operands
+        smaller = fewer_outputs(convolution, n / m)
+        ways["product", n, m] = dense, cold_operands(smaller, *settings)
 
-    functions, calls = {}, {}
     # Dynamo compiles a function for no more than 8 shapes and backends, else.
     with torch._dynamo.config.patch(recompile_limit=len(ways)):
-        for name, (compute, kept) in ways.items():
-            one = sum(t.numel() * t.element_size() for t in operands(kept))
-            each = timing.cold(partial(operands, kept), one, device)
-            calls[name] = len(each)
-            functions[name] = timing.back_to_back([partial(compute, *t) for t in each], device)
+        functions = {
+            name: timing.back_to_back([partial(compute, *each) for each in sets], device)
+            for name, (compute, sets) in ways.items()
+        }
         samples = timing.sample(functions, device, seconds)
     times = {
-        name: timing.summarize([time / calls[name] for time in column])
+        name: timing.summarize([time / len(ways[name][1]) for time in column])
         for name, column in samples.items()
     }
     rows = []
@@ -215,10 +206,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_memory_format()
     kept = "channels kept of every m"
     parser.add_list("--pattern", "patterns", PATTERNS, kept, metavar="N:M", type=pattern)
-    add = parser.add_argument
-    add("--prune", choices=PRUNING_FUNCTIONS, default="magnitude", help="(%(default)s)")
-    inner = "aot_eager generates no code: to try this command (%(default)s)"
-    add("--inner", choices=INNER_COMPILERS, default="inductor", help=inner)
+    function = "magnitude"
+    parser.add_argument(
+        "--prune", choices=PRUNING_FUNCTIONS, default=function, help="(%(default)s)"
+    )
+    parser.add_inner()
     parser.add_cudnn_benchmark()
     parser.add_seconds(2)
     parser.add_out()

@@ -96,6 +96,23 @@ def calls_for_images(
         raise ValueError(f"--size: {model} takes no {size}x{size} images: {reason}") from None
 
 
+def cold_operands(
+    convolution: Convolution,
+    dtype: torch.dtype,
+    memory_format: torch.memory_format,
+    device: torch.device,
+) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Random grad_output, input and weight; as many sets of them as `timing.cold` makes."""
+    shapes = (convolution.output, convolution.input, convolution.weight)
+
+    def tensors() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        made = (torch.randn(shape, device=device, dtype=dtype) for shape in shapes)
+        grad_output, x, weight = (t.contiguous(memory_format=memory_format) for t in made)
+        return grad_output, x, weight
+
+    return timing.cold(tensors, sum(map(math.prod, shapes)) * dtype.itemsize, device)
+
+
 def time_products(
     convolution: Convolution,
     dtype: torch.dtype,
@@ -108,17 +125,7 @@ def time_products(
     Values are random, operands are not in the cache (on CUDA), and no time of Python's counts.
     seconds: about how long to measure.
     """
-    shapes = (convolution.output, convolution.input, convolution.weight)
-
-    def tensors() -> list[torch.Tensor]:
-        """grad_output, input, weight."""
-        return [
-            torch.randn(shape, device=device, dtype=dtype).contiguous(memory_format=memory_format)
-            for shape in shapes
-        ]
-
-    size = sum(map(math.prod, shapes)) * dtype.itemsize
-    operands = timing.cold(tensors, size, device)
+    operands = cold_operands(convolution, dtype, memory_format, device)
 
     def backward(*output_mask: bool) -> list[partial[object]]:
         return [
