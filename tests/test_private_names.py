@@ -146,6 +146,10 @@ PRIVATE = {
         "torch._inductor": "list_mode_options",
         "torch._inductor.utils": "fresh_cache",
     },
+    "benchmarks/whole_channels.py": {
+        "torch._dynamo": "reset",
+        "torch._dynamo.config": "patch recompile_limit",
+    },
 }
 
 # What can't be followed by attributes: a handler that is set while Inductor compiles, and one
