@@ -18,7 +18,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
-from sdgp_fx.networks import Uninitialized, build_network
+from sdgp_fx.cli.networks import Uninitialized, build_network
 
 BATCH = 2  # Batch norm of one value per channel has no variance.
 SIZES = (32, 64, 96, 112, 128, 160, 192, 224, 256, 288, 384, 448, 512)

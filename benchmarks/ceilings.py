@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 
-from sdgp_fx import timing
+from sdgp_fx.measurement import timing
 
 from . import command
 from .benchmark import Benchmark, Task

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from sdgp_fx.__main__ import positive
+from sdgp_fx.cli.arguments import positive
 from sdgp_fx.config import INNER_COMPILERS, PRUNING_FUNCTIONS, RESCALE_SCOPES, STRUCTURES
 
 from .benchmark import Benchmark

@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 
-from sdgp_fx.products import PRODUCTS, Convolution, time_products
+from sdgp_fx.measurement.convolutions import PRODUCTS, Convolution, time_products
 
 from . import command
 from .benchmark import Benchmark, Task

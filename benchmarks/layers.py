@@ -7,8 +7,8 @@ from collections import Counter
 import timm
 import torch
 
-from sdgp_fx.networks import check_model
-from sdgp_fx.products import Convolution, calls_for_images
+from sdgp_fx.cli.networks import check_model
+from sdgp_fx.measurement.convolutions import Convolution, calls_for_images
 
 CLASSES = 1000
 

@@ -11,9 +11,9 @@ from functools import partial
 
 import torch
 
-from sdgp_fx import timing
 from sdgp_fx.config import PRUNING_FUNCTIONS, RESCALE_SCOPES
 from sdgp_fx.kernels.op import prune_nm
+from sdgp_fx.measurement import timing
 
 from . import command
 from .benchmark import Benchmark, Task

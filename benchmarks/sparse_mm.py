@@ -18,7 +18,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from sdgp_fx import prune, timing
+from sdgp_fx import prune
+from sdgp_fx.measurement import timing
 
 from . import command
 from .benchmark import Benchmark, Task

@@ -24,8 +24,8 @@ from torch import fx, nn
 from torch._dynamo.utils import counters
 
 from sdgp_fx import SDGPConfig
-from sdgp_fx.__main__ import positive
 from sdgp_fx.backend import aot_eager
+from sdgp_fx.cli.arguments import positive
 from sdgp_fx.passes.prune_input_grads import Decision, prune_input_grads
 
 from . import command

@@ -29,9 +29,9 @@ from torch._inductor.scheduler import (
 from torch.utils._ordered_set import OrderedSet
 
 from sdgp_fx import SDGPConfig, sdgp
-from sdgp_fx.kernels.lowering import TileLoops
+from sdgp_fx.cli.networks import check_model
+from sdgp_fx.inductor.lowering import TileLoops
 from sdgp_fx.kernels.op import PRUNE_NM
-from sdgp_fx.networks import check_model
 from sdgp_fx.passes import layers
 
 from . import command

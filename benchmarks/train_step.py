@@ -20,9 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._inductor.utils import fresh_cache
 
-from sdgp_fx import SDGPConfig, sdgp, timing
-from sdgp_fx.__main__ import pattern
-from sdgp_fx.networks import check_model
+from sdgp_fx import SDGPConfig, sdgp
+from sdgp_fx.cli.arguments import pattern
+from sdgp_fx.cli.networks import check_model
+from sdgp_fx.measurement import timing
 
 from . import command
 from .benchmark import Benchmark, Task

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sdgp_fx import SDGPConfig, explain, sdgp, timing
-from sdgp_fx.__main__ import pattern
+from sdgp_fx import SDGPConfig, explain, sdgp
+from sdgp_fx.cli.arguments import pattern
 from sdgp_fx.config import PRUNING_FUNCTIONS
-from sdgp_fx.products import Convolution, cold_operands
+from sdgp_fx.measurement import timing
+from sdgp_fx.measurement.convolutions import Convolution, cold_operands
 
 from . import command
 from .benchmark import Benchmark, Task

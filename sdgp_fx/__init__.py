@@ -13,19 +13,19 @@ from .config import SDGPConfig
 
 if TYPE_CHECKING:
     from .backend import sdgp
-    from .explanation import explain
+    from .inspection.capture import capture
+    from .inspection.explain import explain
+    from .inspection.monitor import monitor
+    from .inspection.report import Explanation
     from .kernels.op import prune
-    from .monitoring import monitor
-    from .recording import capture
-    from .report import Explanation
 
 __all__ = ["Explanation", "SDGPConfig", "capture", "explain", "monitor", "prune", "sdgp"]
 
 _HOMES = {
-    "Explanation": "report",
-    "capture": "recording",
-    "explain": "explanation",
-    "monitor": "monitoring",
+    "Explanation": "inspection.report",
+    "capture": "inspection.capture",
+    "explain": "inspection.explain",
+    "monitor": "inspection.monitor",
     "prune": "kernels.op",
     "sdgp": "backend",
 }

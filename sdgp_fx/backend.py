@@ -19,10 +19,10 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
 from .config import SDGPConfig
+from .inspection.capture import is_joint, noting_cache_hits, recorded
 from .passes.layers import module_roots
 from .passes.prune_input_grads import Decision, prune_input_grads
 from .passes.statistics import record_statistics
-from .recording import is_joint, noting_cache_hits, recorded
 
 log = logging.getLogger(__name__)
 
@@ -126,7 +126,7 @@ def _inductor(
 ) -> Callable[..., Any]:
     import torch._inductor.config as inductor_config
 
-    from .kernels import lowering  # noqa: F401  (Importing it registers it.)
+    from .inductor import lowering  # noqa: F401  (Importing it registers it.)
 
     before = options.pop("joint_custom_pre_pass", inductor_config.joint_custom_pre_pass) or ()
     rewrite.before = tuple(before) if isinstance(before, (list, tuple)) else (before,)

@@ -34,8 +34,9 @@ from benchmarks import (
 from benchmarks.benchmark import Benchmark, Task
 from benchmarks.command import MEMORY_FORMATS
 from benchmarks.gpu_suite import DONE, FAILED, NEEDS_CUDA, NO_TIME, Part
-from sdgp_fx import products, timing
 from sdgp_fx.kernels.channels import select_channels
+from sdgp_fx.measurement import timing
+from sdgp_fx.measurement.convolutions import calls_of_convolutions
 
 from .conftest import HAS_GPU
 
@@ -399,7 +400,7 @@ def test_convolutions_of_resnet18():
 def test_flops_of_a_transposed_convolution():
     """Each input value is multiplied by all weights of its channel."""
     network = torch.nn.ConvTranspose2d(8, 16, 2, stride=2, groups=4, bias=False)
-    ((_, convolution),) = products.calls_of_convolutions(network, torch.randn(3, 8, 5, 5))
+    ((_, convolution),) = calls_of_convolutions(network, torch.randn(3, 8, 5, 5))
     assert convolution.transposed
     assert convolution.flops == 2 * (3 * 8 * 5 * 5) * (16 // 4 * 2 * 2)
 
@@ -501,7 +502,7 @@ def test_convolutions_compute_the_gradients(monkeypatch):
     monkeypatch.setattr(timing, "back_to_back", back_to_back)
     network = torch.nn.Conv2d(8, 4, 3, stride=2, padding=1, groups=2, bias=False)
     x = torch.randn(2, 8, 7, 7, requires_grad=True)
-    ((_, convolution),) = products.calls_of_convolutions(network, x)
+    ((_, convolution),) = calls_of_convolutions(network, x)
     settings = ("float32", "channels_last", False, 0.1)
     first = dataclasses.replace(convolution, needs_input_gradient=False)
     (row,) = convolutions.measure(CPU, "m", first, 1, *settings)
@@ -540,7 +541,7 @@ def test_whole_channels_computes_what_it_names(transposed, monkeypatch):
     kind = torch.nn.ConvTranspose2d if transposed else torch.nn.Conv2d
     network = kind(8, 16, 3, stride=2, padding=1, groups=2, bias=False)
     x = torch.randn(2, 8, 7, 7, requires_grad=True)
-    ((_, convolution),) = products.calls_of_convolutions(network, x)
+    ((_, convolution),) = calls_of_convolutions(network, x)
     settings = ("float32", "channels_last", [(2, 4), (1, 8)], "magnitude", "aot_eager", False, 0.1)
     rows = whole_channels.measure(CPU, "m", convolution, 3, *settings)
 

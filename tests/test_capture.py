@@ -15,7 +15,8 @@ from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache
 
 import sdgp_fx
-from sdgp_fx import SDGPConfig, backend, recording
+from sdgp_fx import SDGPConfig, backend
+from sdgp_fx.inspection import capture
 from sdgp_fx.kernels.op import PRUNE_NM
 from sdgp_fx.passes.convolutions import CONVOLUTION_BACKWARD
 
@@ -95,7 +96,7 @@ def test_a_graph_break_makes_two_and_captures_nest():
     assert (len(inner), len(outer)) == (2, 3)
     assert inner[1] is outer[1]
     assert outer[:2] == list(inner)
-    assert recording._captures == []
+    assert capture._captures == []
 
 
 def test_what_is_no_training_graph_or_compiled_already_is_not_captured():
@@ -124,15 +125,15 @@ def test_nothing_is_copied_while_nobody_looks(monkeypatch):
 
     # pytest listens to all of torch's logs.
     monkeypatch.setattr(logging.getLogger("torch.__trace"), "handlers", [])
-    monkeypatch.setattr(recording, "_copy", refuse)
-    monkeypatch.setattr(recording, "readable", refuse)
+    monkeypatch.setattr(capture, "_copy", refuse)
+    monkeypatch.setattr(capture, "readable", refuse)
     step(model())
 
 
 def test_an_error_ends_the_capture():
     with pytest.raises(RuntimeError, match="mine"), sdgp_fx.capture():
         raise RuntimeError("mine")
-    assert recording._captures == []
+    assert capture._captures == []
 
 
 def test_caches(monkeypatch):
@@ -157,7 +158,7 @@ def test_caches(monkeypatch):
         assert use(nullcontext())[:2] == (1, 0)
 
         in_use = SimpleNamespace(patch=lambda **_: nullcontext())
-        monkeypatch.setattr(recording, "functorch_config", in_use)
+        monkeypatch.setattr(capture, "functorch_config", in_use)
         hits, misses, captured = use(sdgp_fx.capture())
         assert (hits, misses, len(captured), captured.cached) == (1, 0, 0, 1)
         assert "1 graphs came from AOTAutograd's cache" in str(captured)

@@ -14,8 +14,8 @@ import torch
 from matplotlib.image import imread
 from rich.console import Console
 
-from sdgp_fx import demo, doctor
-from sdgp_fx.__main__ import main
+from sdgp_fx.cli import demo, doctor
+from sdgp_fx.cli.main import main
 
 SHORT = ["demo", "--model", "test_resnet", "--size", "16", "--inner", "aot_eager"]
 SHORT += ["--device", "cpu"]
@@ -134,7 +134,7 @@ def test_a_folder_without_cifar10_is_refused(name, tmp_path, capsys):
 
 
 def test_a_missing_extra_is_named(monkeypatch, capsys):
-    monkeypatch.delitem(sys.modules, "sdgp_fx.demo")
+    monkeypatch.delitem(sys.modules, "sdgp_fx.cli.demo")
     monkeypatch.setitem(sys.modules, "timm", None)
     said = refused([], capsys)
     assert "timm is not installed" in said
@@ -142,7 +142,7 @@ def test_a_missing_extra_is_named(monkeypatch, capsys):
 
 
 def test_a_bad_setting_is_refused_before_anything_is_imported():
-    code = "import sys; from sdgp_fx.__main__ import main\ntry: main(['demo', '--n', '5'])\n"
+    code = "import sys; from sdgp_fx.cli.main import main\ntry: main(['demo', '--n', '5'])\n"
     code += "except SystemExit: sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0

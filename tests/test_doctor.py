@@ -9,8 +9,9 @@ import pytest
 import torch
 import torch._inductor.config
 
-from sdgp_fx import backend, doctor
-from sdgp_fx.__main__ import main
+from sdgp_fx import backend
+from sdgp_fx.cli import doctor
+from sdgp_fx.cli.main import main
 
 
 @pytest.fixture(autouse=True)

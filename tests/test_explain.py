@@ -21,9 +21,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import sdgp_fx
 from sdgp_fx import Explanation, explain
-from sdgp_fx import __main__ as command
-from sdgp_fx.networks import Uninitialized
-from sdgp_fx.report import KEPT, NO_GRADIENT, NOT_COMPILED, NOT_RUN, SAVED
+from sdgp_fx.cli import main as command
+from sdgp_fx.cli.networks import Uninitialized
+from sdgp_fx.inspection.report import KEPT, NO_GRADIENT, NOT_COMPILED, NOT_RUN, SAVED
 
 BOTH = {"sdgp.targets": "conv,linear"}
 
@@ -404,8 +404,8 @@ def test_the_picture_shows_what_is_saved(report, tmp_path):
 
 
 def test_torch_alone_is_enough(report, monkeypatch, tmp_path):
-    for path in Path(sdgp_fx.__file__).parent.glob("*.py"):
-        if path.stem in ("explanation", "dry_run", "report", "recording"):
+    for path in Path(sdgp_fx.__file__).parent.glob("inspection/*.py"):
+        if path.stem in ("explain", "dry_run", "report", "capture"):
             imported = re.findall(r"^(?:import|from) (\w+)", path.read_text(), re.M)
             assert {*imported} <= {*sys.stdlib_module_names, "torch"}, path
     for name in ("rich", "matplotlib.figure"):

@@ -13,7 +13,7 @@ from torch._inductor.utils import run_and_get_code
 
 pytest.importorskip("triton", reason="needs Triton")
 
-import sdgp_fx.kernels.lowering  # noqa: F401  (Registers the lowering.)
+import sdgp_fx.inductor.lowering  # noqa: F401  (Registers the lowering.)
 from sdgp_fx.config import PRUNING_FUNCTIONS
 from sdgp_fx.kernels import reference
 from sdgp_fx.kernels.op import STOCHASTIC

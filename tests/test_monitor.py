@@ -8,9 +8,9 @@ from torch import nn
 
 import sdgp_fx
 from sdgp_fx import SDGPConfig, backend
+from sdgp_fx.inspection.monitor import STATISTICS
 from sdgp_fx.kernels import reference
 from sdgp_fx.kernels.record import RECORD
-from sdgp_fx.monitoring import STATISTICS
 from sdgp_fx.passes.statistics import record_statistics
 
 from .graphs import joint_graph

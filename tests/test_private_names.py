@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sdgp_fx import doctor
+from sdgp_fx.cli import doctor
 
 ROOT = Path(__file__).parents[1]
 
@@ -30,31 +30,15 @@ PRIVATE = {
         "torch._inductor.config": "joint_custom_pre_pass",
         "torch._inductor.custom_graph_pass": "CustomGraphPass get_hash_for_files",
     },
-    "sdgp_fx/doctor.py": {
+    "sdgp_fx/cli/doctor.py": {
         "torch._inductor.cpp_builder": "get_cpp_compiler",
         "torch._inductor.exc": "InvalidCxxCompiler",
     },
-    "sdgp_fx/dry_run.py": {
-        "torch._C._dynamo.eval_frame": "_debug_get_cache_entry_list reset_code",
-        "torch._dynamo.convert_frame": "register_bytecode_hook",
-        "torch._dynamo.utils.counters": "clear update",
-        "torch._subclasses.fake_tensor": (
-            "DataDependentOutputException DynamicOutputShapeException FakeCopyMode FakeTensorMode"
-        ),
-        "torch.utils._pytree": "tree_map_only",
-    },
-    "sdgp_fx/networks.py": {
+    "sdgp_fx/cli/networks.py": {
         "torch.nn.init": "_no_grad_trunc_normal_",
         "torch.utils._python_dispatch": "TorchDispatchMode",
     },
-    "sdgp_fx/recording.py": {
-        "torch._functorch.config": "enable_autograd_cache enable_remote_autograd_cache patch",
-        "torch._logging": "trace_structured",
-    },
-    "sdgp_fx/kernels/channels.py": {
-        "torch.ops.aten._unsafe_index": "Tensor",
-    },
-    "sdgp_fx/kernels/lowering.py": {
+    "sdgp_fx/inductor/lowering.py": {
         "torch._inductor.config": "triton",
         "torch._inductor.ir": (
             "ComputedBuffer FixedLayout Loops Pointwise Sort StorageBox get_stride_order"
@@ -77,10 +61,29 @@ PRIVATE = {
         ),
         "torch.utils._sympy.functions": "FloorDiv ModularIndexing",
     },
-    "sdgp_fx/kernels/overwrites.py": {
+    "sdgp_fx/inductor/scheduler_patch.py": {
         "torch._inductor.dependencies": "Dep StarDep WeakDep",
         "torch._inductor.scheduler.SchedulerNode": "recompute_size_and_body",
         "torch.utils._ordered_set": "OrderedSet",
+    },
+    "sdgp_fx/inspection/capture.py": {
+        "torch._functorch.config": "enable_autograd_cache enable_remote_autograd_cache patch",
+        "torch._logging": "trace_structured",
+    },
+    "sdgp_fx/inspection/dry_run.py": {
+        "torch._C._dynamo.eval_frame": "_debug_get_cache_entry_list reset_code",
+        "torch._dynamo.convert_frame": "register_bytecode_hook",
+        "torch._dynamo.utils.counters": "clear update",
+        "torch._subclasses.fake_tensor": (
+            "DataDependentOutputException DynamicOutputShapeException FakeCopyMode FakeTensorMode"
+        ),
+        "torch.utils._pytree": "tree_map_only",
+    },
+    "sdgp_fx/kernels/channels.py": {
+        "torch.ops.aten._unsafe_index": "Tensor",
+    },
+    "sdgp_fx/measurement/convolutions.py": {
+        "torch.utils._python_dispatch": "TorchDispatchMode",
     },
     "sdgp_fx/passes/channels.py": {
         "torch._inductor.decomposition": "select_decomp_table",
@@ -88,9 +91,6 @@ PRIVATE = {
     "sdgp_fx/passes/linears.py": {
         "torch._C._nn": "linear",
         "torch._functorch.eager_transforms": "_autograd_grad",
-    },
-    "sdgp_fx/products.py": {
-        "torch.utils._python_dispatch": "TorchDispatchMode",
     },
     "benchmarks/architectures.py": {
         "torch._subclasses.fake_tensor": "FakeCopyMode FakeTensorMode",
@@ -232,7 +232,7 @@ def listed(path):
 
 @pytest.mark.parametrize("path", PRIVATE)
 def test_torch_has(path):
-    if path == "sdgp_fx/kernels/lowering.py":
+    if path == "sdgp_fx/inductor/lowering.py":
         pytest.importorskip("triton")
     absent = missing(listed(path), path)
     assert not absent, "\n".join(absent)

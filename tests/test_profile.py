@@ -9,10 +9,10 @@ from torch import nn
 
 from benchmarks.paper import times
 from benchmarks.paper.__main__ import main as paper
-from sdgp_fx import profile
-from sdgp_fx.__main__ import main
-from sdgp_fx.products import PRODUCTS, calls_of_convolutions
-from sdgp_fx.timing import Timing
+from sdgp_fx.cli import profile
+from sdgp_fx.cli.main import main
+from sdgp_fx.measurement.convolutions import PRODUCTS, calls_of_convolutions
+from sdgp_fx.measurement.timing import Timing
 
 TINY = ["--batch", "2", "--size", "32", "--seconds", "0.001", "--inner", "aot_eager"]
 
@@ -70,7 +70,7 @@ def timed(monkeypatch):
         seen.append(list(functions))
         return {name: Timing(1e-3, 0.5e-3, 2e-3, 5) for name in functions}
 
-    monkeypatch.setattr("sdgp_fx.timing.measure", measure)
+    monkeypatch.setattr("sdgp_fx.measurement.timing.measure", measure)
     return seen
 
 

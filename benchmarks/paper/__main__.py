@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from matplotlib.figure import Figure
 
-from sdgp_fx.__main__ import positive
+from sdgp_fx.cli.arguments import positive
 from sdgp_fx.config import INNER_COMPILERS
 
 from .. import command

@@ -31,9 +31,9 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from sdgp_fx import SDGPConfig
-from sdgp_fx.__main__ import positive
+from sdgp_fx.cli.arguments import positive
+from sdgp_fx.cli.networks import check_model
 from sdgp_fx.config import INNER_COMPILERS
-from sdgp_fx.networks import check_model
 
 from .. import command
 from ..report import Report, Row, caption, environment

@@ -14,7 +14,7 @@ from torch import fx
 
 from sdgp_fx import SDGPConfig
 from sdgp_fx.backend import PruneInputGrads, aot_eager
-from sdgp_fx.kernels import lowering  # noqa: F401  (Importing it registers it.)
+from sdgp_fx.inductor import lowering  # noqa: F401  (Importing it registers it.)
 from sdgp_fx.kernels.op import PRUNE_NM
 
 

@@ -9,10 +9,8 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from sdgp_fx.__main__ import positive
-from sdgp_fx.config import INNER_COMPILERS
-from sdgp_fx.products import PRODUCTS
-from sdgp_fx.profile import (
+from sdgp_fx.cli.arguments import positive
+from sdgp_fx.cli.profile import (
     STOCK,
     Row,
     Workload,
@@ -24,6 +22,8 @@ from sdgp_fx.profile import (
     spread,
     totals_ms,
 )
+from sdgp_fx.config import INNER_COMPILERS
+from sdgp_fx.measurement.convolutions import PRODUCTS
 
 from .. import command
 from ..report import Report, caption

@@ -20,11 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import timing
-from .backend import sdgp
-from .config import MAX_M
-from .networks import check_model
-from .products import (
+from ..backend import sdgp
+from ..config import MAX_M
+from ..measurement import timing
+from ..measurement.convolutions import (
     FORWARD,
     INPUT_GRADIENT,
     PRODUCTS,
@@ -33,6 +32,7 @@ from .products import (
     calls_for_images,
     time_products,
 )
+from .networks import check_model
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import fx, nn
 
-from .backend import aot_eager
-from .config import SDGPConfig
+from ..backend import aot_eager
+from ..config import SDGPConfig
+from ..passes.layers import Layer, module_roots, multiply_adds, plain_sizes
+from ..passes.prune_input_grads import Decision, find_layers, prune_input_grads
 from .dry_run import DryRun, Product
-from .passes.layers import Layer, module_roots, multiply_adds, plain_sizes
-from .passes.prune_input_grads import Decision, find_layers, prune_input_grads
 from .report import NO_GRADIENT, NOT_COMPILED, NOT_RUN, Explanation, LayerReport, MultiplyAdds
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -34,9 +34,9 @@ from torch._inductor.virtualized import V, ops
 from torch.utils._sympy.functions import FloorDiv, ModularIndexing
 
 from ..config import MAX_M
-from .op import PRUNE_NM
-from .overwrites import keep_order
-from .reference import UNIFORM_BITS
+from ..kernels.op import PRUNE_NM
+from ..kernels.reference import UNIFORM_BITS
+from .scheduler_patch import keep_order
 
 keep_order()
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backend import sdgp
-from .kernels.record import receivers
-from .passes.statistics import SUMS
+from ..backend import sdgp
+from ..kernels.record import receivers
+from ..passes.statistics import SUMS
 
 STATISTICS = {
     "l1_kept": "share of the L1 norm kept",

@@ -14,7 +14,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from .config import SDGPConfig
+from ..config import SDGPConfig
 
 # As in pyproject.toml, which an installation need not have at hand.
 OLDEST_TORCH, NEWEST_TORCH = (2, 11), (2, 15)
@@ -50,7 +50,9 @@ def run(args: argparse.Namespace) -> int:
 def examine() -> Iterator[Finding]:
     """All findings; without torch, those that need none."""
     yield Finding("python", platform.python_version())
-    yield Finding("sdgp_fx", f"{version('sdgp_fx') or 'not installed'}, {Path(__file__).parent}")
+    yield Finding(
+        "sdgp_fx", f"{version('sdgp_fx') or 'not installed'}, {Path(__file__).parents[1]}"
+    )
     torch = find_torch()
     yield torch
     for name, use in OPTIONAL.items():
@@ -202,7 +204,7 @@ def train(inner: str, device: str) -> str:
     import torch
     from torch import nn
 
-    from .backend import sdgp
+    from ..backend import sdgp
 
     first, second, last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3)
     model = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), last).to(device)

@@ -10,8 +10,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
-from .config import SDGPConfig
-from .passes.prune_input_grads import Decision
+from ..config import SDGPConfig
+from ..passes.prune_input_grads import Decision
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

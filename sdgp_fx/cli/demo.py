@@ -36,10 +36,10 @@ from timm.models import PretrainedCfg
 from torch import Tensor, nn
 from torchvision.datasets import CIFAR10
 
+from ..inspection.explain import explain
+from ..passes.prune_input_grads import Decision
 from .doctor import missing_for_cpp
-from .explanation import explain
 from .networks import check_model
-from .passes.prune_input_grads import Decision
 
 CLASSES = 10
 LAST = 20
