@@ -12,8 +12,8 @@ from torch import fx
 from sdgp_fx.config import SDGPConfig
 from sdgp_fx.kernels.op import PRUNE_NM
 from sdgp_fx.passes.convolutions import CONVOLUTION_BACKWARD
+from sdgp_fx.passes.decisions import Decision
 from sdgp_fx.passes.linears import MM
-from sdgp_fx.passes.prune_input_grads import Decision
 
 aten = torch.ops.aten
 

@@ -8,13 +8,13 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from sdgp_fx.passes import prune_input_grads as the_pass
+from sdgp_fx.passes.decisions import DEPTHWISE, NO_INPUT_GRADIENT, NOT_A_MULTIPLE
 
 from .report import Row
 from .timm_sweep import Results
 
 _KINDS = {"conv": "convolutions", "linear": "linear layers"}
-_REASONS = (the_pass.NO_INPUT_GRADIENT, the_pass.DEPTHWISE, the_pass.NOT_A_MULTIPLE)
+_REASONS = (NO_INPUT_GRADIENT, DEPTHWISE, NOT_A_MULTIPLE)
 
 
 def summary(results: Results) -> str:

@@ -26,7 +26,8 @@ from torch._dynamo.utils import counters
 from sdgp_fx import SDGPConfig
 from sdgp_fx.backend import aot_eager
 from sdgp_fx.cli.arguments import positive
-from sdgp_fx.passes.prune_input_grads import Decision, prune_input_grads
+from sdgp_fx.passes.decisions import Decision
+from sdgp_fx.passes.prune_input_grads import prune_input_grads
 
 from . import command
 from .apart import run_apart

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-import logging
 import warnings
-from collections import Counter
-from collections.abc import Callable, Collection, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,19 +12,11 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.backends.debugging import boxed_nop
 from torch._dynamo.exc import ShortenTraceback
 from torch._functorch.partitioners import min_cut_rematerialization_partition
-from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
 from .config import SDGPConfig
-from .inspection.capture import is_joint, noting_cache_hits, recorded
-from .passes.layers import module_roots
-from .passes.prune_input_grads import Decision, prune_input_grads
-from .passes.statistics import record_statistics
-
-log = logging.getLogger(__name__)
-
-# All of the package: the pass, the operator's fake kernel and its lowering all decide what code
-# is generated, and a cached graph from other sources must not be served.
-_SOURCES = tuple(str(path) for path in sorted(Path(__file__).parent.rglob("*.py")))
+from .graph_pass import PruneInputGrads
+from .inspection.capture import noting_cache_hits
+from .passes.module_names import module_roots
 
 
 class InvalidOption(ValueError, ShortenTraceback):
@@ -40,45 +28,6 @@ class InvalidOption(ValueError, ShortenTraceback):
 
     def __init__(self, message: str) -> None:
         ShortenTraceback.__init__(self, message, first_useful_frame=None)
-
-
-class PruneInputGrads(CustomGraphPass):
-    """The pass as Inductor takes it, with what belongs into the key of its caches.
-
-    before: passes that the user has put into the same place; they run first.
-    roots: from `module_roots`, where the names of layers start.
-    monitor: the recipient of the statistics of `record_statistics`; None leaves them out.
-    """
-
-    def __init__(
-        self,
-        config: SDGPConfig,
-        before: Sequence[Callable[[fx.Graph], Any]] = (),
-        roots: Collection[str] = (),
-        monitor: str | None = None,
-    ) -> None:
-        self.config = config
-        self.before = tuple(before)
-        self.roots = frozenset(roots)
-        self.monitor = monitor
-
-    def __call__(self, graph: fx.Graph) -> None:
-        for other in self.before:
-            other(graph)
-        _report(graph, recorded(graph, functools.partial(self._rewrite, graph)))
-
-    def _rewrite(self, graph: fx.Graph) -> list[Decision]:
-        decisions = prune_input_grads(graph, self.config, self.roots)
-        if self.monitor is not None:
-            record_statistics(graph, self.monitor, self.roots)
-        return decisions
-
-    def uuid(self) -> Any | None:
-        others = [p.uuid() if isinstance(p, CustomGraphPass) else None for p in self.before]
-        if None in others:
-            return None  # Inductor then compiles without its caches.
-        decisive = repr((self.config, sorted(self.roots), self.monitor))
-        return (get_hash_for_files(_SOURCES, decisive), *others)
 
 
 def sdgp(
@@ -163,14 +112,3 @@ def aot_eager(rewrite: Callable[[fx.Graph], Any]) -> Callable[..., Any]:
         partition_fn=partition,
         keep_inference_input_mutations=True,
     )
-
-
-def _report(graph: fx.Graph, decisions: list[Decision]) -> None:
-    """Log the decisions; warn if this is a training graph and nothing in it is pruned."""
-    for decision in decisions:
-        log.info("%s", decision)
-    if is_joint(graph) and not any(decision.pruned for decision in decisions):
-        reasons = Counter(decision.reason for decision in decisions)
-        why = ", ".join(f"{count} x {reason}" for reason, count in reasons.items())
-        why = why or "it has no layer of the kind that is pruned"
-        warnings.warn(f"sdgp pruned nothing in a training graph: {why}", stacklevel=2)

@@ -65,16 +65,16 @@ def device():
 @pytest.fixture
 def rewritten(monkeypatch):
     """The graphs that went through the pass, as (graph, decisions), in order."""
-    from sdgp_fx import backend
+    from sdgp_fx import graph_pass
 
     seen = []
-    report = backend._report
+    report = graph_pass._report
 
     def spy(graph, decisions):
         seen.append((graph, decisions))
         report(graph, decisions)
 
-    monkeypatch.setattr(backend, "_report", spy)
+    monkeypatch.setattr(graph_pass, "_report", spy)
     return seen
 
 

@@ -17,7 +17,7 @@ from torch._dynamo.utils import counters
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 import sdgp_fx
-from sdgp_fx import SDGPConfig, backend
+from sdgp_fx import SDGPConfig, graph_pass
 from sdgp_fx.kernels.op import PRUNE_NM
 from sdgp_fx.passes.convolutions import CONVOLUTION_BACKWARD
 
@@ -153,10 +153,10 @@ def test_a_pass_of_the_users_runs_too(model, x, patches):
     torch.compile(model, backend="sdgp", options={"joint_custom_pre_pass": user})(x)
     combined = patches["joint_custom_pre_pass"]
     assert combined.before == (user,)
-    alone = backend.PruneInputGrads(SDGPConfig())
+    alone = graph_pass.PruneInputGrads(SDGPConfig())
     assert combined.uuid() != alone.uuid()
-    assert backend.PruneInputGrads(SDGPConfig(), [Counting(None)]).uuid() is None
-    assert backend.PruneInputGrads(SDGPConfig(), [print]).uuid() is None
+    assert graph_pass.PruneInputGrads(SDGPConfig(), [Counting(None)]).uuid() is None
+    assert graph_pass.PruneInputGrads(SDGPConfig(), [print]).uuid() is None
     combined(torch.fx.Graph())
     assert user.calls == 1
 
@@ -426,13 +426,15 @@ def test_changed_source_misses(model, x, unseen, tmp_path, monkeypatch):
     assert is_hit(cache_use(model, x, exclude=unseen))
     changed = tmp_path / "prune_input_grads.py"
     changed.write_text(f"# {unseen}")
-    monkeypatch.setattr(backend, "_SOURCES", (*backend._SOURCES, str(changed)))
+    monkeypatch.setattr(graph_pass, "_SOURCES", (*graph_pass._SOURCES, str(changed)))
     assert not is_hit(cache_use(model, x, exclude=unseen))
 
 
 def test_every_source_counts():
-    names = {os.path.relpath(path, os.path.dirname(sdgp_fx.__file__)) for path in backend._SOURCES}
+    package = os.path.dirname(sdgp_fx.__file__)
+    names = {os.path.relpath(path, package) for path in graph_pass._SOURCES}
     expected = {"backend.py", "config.py", "passes/prune_input_grads.py", "kernels/op.py"}
+    expected |= {"graph_pass.py", "inductor/lowering.py"}
     assert expected | {"kernels/reference.py", "kernels/triton_prune.py"} <= names
 
 

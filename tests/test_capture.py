@@ -15,7 +15,7 @@ from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache
 
 import sdgp_fx
-from sdgp_fx import SDGPConfig, backend
+from sdgp_fx import SDGPConfig, graph_pass
 from sdgp_fx.inspection import capture
 from sdgp_fx.kernels.op import PRUNE_NM
 from sdgp_fx.passes.convolutions import CONVOLUTION_BACKWARD
@@ -114,7 +114,7 @@ def test_what_is_no_training_graph_or_compiled_already_is_not_captured():
 def test_a_graph_that_the_pass_gets_twice_is_there_once():
     with sdgp_fx.capture() as captured:
         step(model())
-        the_pass = backend.PruneInputGrads(SDGPConfig())
+        the_pass = graph_pass.PruneInputGrads(SDGPConfig())
         the_pass(captured[0].after.graph)
     assert len(captured) == 1
 

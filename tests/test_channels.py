@@ -11,7 +11,7 @@ from torch import nn
 from sdgp_fx import SDGPConfig, explain
 from sdgp_fx.kernels.channels import select_channels
 from sdgp_fx.kernels.op import PRUNE_NM
-from sdgp_fx.passes import prune_input_grads as the_pass
+from sdgp_fx.passes import decisions as why
 from sdgp_fx.passes.channels import COST
 from sdgp_fx.passes.convolutions import CONVOLUTION_BACKWARD
 from sdgp_fx.passes.prune_input_grads import prune_input_grads
@@ -326,20 +326,20 @@ def convolution(inputs, kernel=1, groups=1):
 
 RULE = {
     "1x1": (*convolution(LEAST + 20), ""),
-    "1x1 of fewer": (*convolution(LEAST - 1), the_pass.DOES_NOT_PAY),
+    "1x1 of fewer": (*convolution(LEAST - 1), why.DOES_NOT_PAY),
     "3x3": (*convolution(LEAST // 9 + 4, kernel=3), ""),
-    "grouped": (*convolution(4 * LEAST - 4, groups=4), the_pass.DOES_NOT_PAY),
+    "grouped": (*convolution(4 * LEAST - 4, groups=4), why.DOES_NOT_PAY),
     "transposed": (nn.ConvTranspose2d(LEAST + 20, 64, 1), (8, LEAST + 20, 64, 64), ""),
     "transposed, strided": (
         nn.ConvTranspose2d(LEAST + 20, 64, 1, stride=2),
         (8, LEAST + 20, 64, 64),
-        the_pass.DOES_NOT_PAY,
+        why.DOES_NOT_PAY,
     ),
-    "few positions": (nn.Conv2d(1024, 1024, 1), (2, 1024, 4, 4), the_pass.DOES_NOT_PAY),
+    "few positions": (nn.Conv2d(1024, 1024, 1), (2, 1024, 4, 4), why.DOES_NOT_PAY),
     "more positions": (nn.Conv2d(1024, 1024, 1), (8, 1024, 8, 8), ""),
     "linear": (nn.Linear(1024, 1024), (512, 1024), ""),
-    "linear of few rows": (nn.Linear(1024, 1024), (16, 1024), the_pass.DOES_NOT_PAY),
-    "small": (nn.Conv2d(1024, 8, 1), (1, 1024, 8, 8), the_pass.DOES_NOT_PAY),
+    "linear of few rows": (nn.Linear(1024, 1024), (16, 1024), why.DOES_NOT_PAY),
+    "small": (nn.Conv2d(1024, 8, 1), (1, 1024, 8, 8), why.DOES_NOT_PAY),
 }
 
 
@@ -359,9 +359,9 @@ def test_fewer_channels_pay_for_more_layers():
     layer, shape = convolution(LEAST - 1)
     gm = joint_graph(layer, torch.ones(shape, requires_grad=True))
     for settings, reason in (
-        ({"m": 4}, the_pass.DOES_NOT_PAY),
+        ({"m": 4}, why.DOES_NOT_PAY),
         ({"m": 8, "n": 1}, ""),
-        ({"m": 4, "include": "none"}, the_pass.EXCLUDED),
+        ({"m": 4, "include": "none"}, why.EXCLUDED),
     ):
         config = SDGPConfig(structure="channel", **settings)
         (decision,) = prune_input_grads(copy_graph(gm).graph, config)
@@ -380,7 +380,7 @@ def test_symbolic_sizes_count_as_large():
         gm = joint_graph(layer, x)
         (decision,) = prune_input_grads(gm.graph, SDGPConfig(structure="channel"))
         reasons.append(decision.reason)
-    assert reasons == [the_pass.DOES_NOT_PAY, ""]
+    assert reasons == [why.DOES_NOT_PAY, ""]
 
 
 def test_the_other_reasons_are_those_of_elements():
@@ -390,7 +390,7 @@ def test_the_other_reasons_are_those_of_elements():
         for structure in ("element", "channel_always")
     )
     assert by_element == by_channel
-    assert {d.reason for d in by_element} > {"", the_pass.DEPTHWISE, the_pass.NOT_A_MULTIPLE}
+    assert {d.reason for d in by_element} > {"", why.DEPTHWISE, why.NOT_A_MULTIPLE}
 
 
 def test_explain_tells_what_would_not_pay():
@@ -399,7 +399,7 @@ def test_explain_tells_what_would_not_pay():
         torch.randn(2, 3, 4, 4),
         options={"sdgp.structure": "channel"},
     )
-    assert {first.reason, second.reason} == {the_pass.NO_INPUT_GRADIENT, the_pass.DOES_NOT_PAY}
+    assert {first.reason, second.reason} == {why.NO_INPUT_GRADIENT, why.DOES_NOT_PAY}
 
 
 def test_number_of_channels_must_be_known():

@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from sdgp_fx.kernels.op import PRUNE_NM
-from sdgp_fx.passes import prune_input_grads as the_pass
+from sdgp_fx.passes import decisions as why
 
 timm = pytest.importorskip("timm", reason="needs timm")
 datasets = pytest.importorskip("torchvision.datasets", reason="needs torchvision")
@@ -74,13 +74,13 @@ def reasons(model):
     found = {}
     for name, layer in layers(model).items():
         if not found:
-            found[name] = the_pass.NO_INPUT_GRADIENT
+            found[name] = why.NO_INPUT_GRADIENT
         elif any(fnmatchcase(name, glob) for glob in EXCLUDED):
-            found[name] = the_pass.EXCLUDED
+            found[name] = why.EXCLUDED
         else:
             is_multiple = len(layer.weight) % 32 == 0
-            found[name] = "" if is_multiple else the_pass.NOT_A_MULTIPLE
-    assert set(found.values()) > {"", the_pass.EXCLUDED, the_pass.NOT_A_MULTIPLE}
+            found[name] = "" if is_multiple else why.NOT_A_MULTIPLE
+    assert set(found.values()) > {"", why.EXCLUDED, why.NOT_A_MULTIPLE}
     return found
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch._inductor.config
 
-from sdgp_fx import backend
+from sdgp_fx import backend, graph_pass
 from sdgp_fx.cli import doctor
 from sdgp_fx.cli.main import main
 
@@ -138,7 +138,7 @@ def test_a_compiler_that_fails(capsys, monkeypatch):
 
 
 def test_a_step_that_prunes_nothing_is_noticed(monkeypatch):
-    monkeypatch.setattr(backend, "prune_input_grads", lambda graph, config, roots: [])
+    monkeypatch.setattr(graph_pass, "prune_input_grads", lambda graph, config, roots: [])
     with pytest.warns(UserWarning, match="pruned nothing"):
         found = doctor.find_training("aot_eager")
     assert found.found == "no gradient was pruned"

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from sdgp_fx import SDGPConfig, explain
 from sdgp_fx.kernels import reference
 from sdgp_fx.kernels.op import PRUNE_NM
+from sdgp_fx.passes import decisions as why
 from sdgp_fx.passes import linears
-from sdgp_fx.passes import prune_input_grads as the_pass
 from sdgp_fx.passes.prune_input_grads import prune_input_grads
 
 from .graphs import copy_graph, joint_graph, random_inputs, run
@@ -276,21 +276,21 @@ def test_decisions_in_the_order_of_the_backward():
     linear = [
         ("head", "linear", ""),
         ("body.2", "linear", ""),
-        ("body.0", "linear", the_pass.NOT_A_MULTIPLE),
-        ("stem", "linear", the_pass.NO_INPUT_GRADIENT),
+        ("body.0", "linear", why.NOT_A_MULTIPLE),
+        ("stem", "linear", why.NO_INPUT_GRADIENT),
     ]
     conv = ("conv", "conv", "")
     assert decide(Mixed(), x, targets="linear")[0] == linear
     assert decide(Mixed(), x, targets="conv")[0] == [conv]
     assert decide(Mixed(), x, targets="conv,linear")[0] == [linear[0], conv, *linear[1:]]
     excluded, gm = decide(Mixed(), x, targets="linear", exclude="body.*,head")
-    assert [reason for *_, reason in excluded[:3]] == [the_pass.EXCLUDED] * 3
+    assert [reason for *_, reason in excluded[:3]] == [why.EXCLUDED] * 3
     assert not prunes(gm)
 
 
 def test_one_output_is_not_depthwise():
     decisions, _ = decide(nn.Linear(8, 1), torch.randn(3, 8, requires_grad=True), targets="linear")
-    assert decisions == [("", "linear", the_pass.NOT_A_MULTIPLE)]
+    assert decisions == [("", "linear", why.NOT_A_MULTIPLE)]
 
 
 def test_a_module_called_twice_has_two_layers():
@@ -306,7 +306,7 @@ def test_layers_without_a_backward_are_no_layers():
     frozen = [nn.Linear(8, 8, bias=False).requires_grad_(False) for _ in range(3)]
     model = nn.Sequential(*frozen, nn.Linear(8, 8), nn.Linear(8, 8))
     decisions, _ = decide(model, torch.randn(3, 8), targets="linear")
-    assert decisions == [("4", "linear", ""), ("3", "linear", the_pass.NO_INPUT_GRADIENT)]
+    assert decisions == [("4", "linear", ""), ("3", "linear", why.NO_INPUT_GRADIENT)]
 
 
 @pytest.mark.parametrize("prune", ["random", "mvue"])

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import sdgp_fx
-from sdgp_fx import backend
+from sdgp_fx import graph_pass
 from sdgp_fx.config import INNER_COMPILERS
-from sdgp_fx.passes import prune_input_grads as the_pass
+from sdgp_fx.passes import decisions as why
 
 from .definition import eager_sdgp
 
@@ -47,17 +47,17 @@ def decisions(monkeypatch):
     """What the pass decided in real compilations, by module name."""
     seen = {}
     monkeypatch.setattr(
-        backend, "_report", lambda graph, made: seen.update({d.module: d for d in made})
+        graph_pass, "_report", lambda graph, made: seen.update({d.module: d for d in made})
     )
     return seen
 
 
 def expected_reason(name, layer, first):
     if name == first:
-        return the_pass.NO_INPUT_GRADIENT
+        return why.NO_INPUT_GRADIENT
     if layer.groups == layer.out_channels:
-        return the_pass.DEPTHWISE
-    return the_pass.NOT_A_MULTIPLE if layer.out_channels // layer.groups % 4 else ""
+        return why.DEPTHWISE
+    return why.NOT_A_MULTIPLE if layer.out_channels // layer.groups % 4 else ""
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -73,7 +73,7 @@ def test_every_layers_decision(name, decisions):
         assert d.weight == tuple(layers[n].weight.shape)
         assert d.pruned == (not d.reason)
     dense_kinds = {d.reason for d in decisions.values()}
-    assert (the_pass.DEPTHWISE in dense_kinds) == (name == "convnext_atto")
+    assert (why.DEPTHWISE in dense_kinds) == (name == "convnext_atto")
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -85,7 +85,7 @@ def test_explain_tells_the_same_without_touching_the_model(name, decisions):
     assert all(torch.equal(value, after[key]) for key, value in before.items())
     assert all(p.grad is None for p in model.parameters())
     step(model, torch.compile(model, backend="sdgp", options=EAGER))
-    fields = [field.name for field in dataclasses.fields(the_pass.Decision)]
+    fields = [field.name for field in dataclasses.fields(why.Decision)]
     for explanation in explained:
         decision = decisions.pop(explanation.module)
         assert {f: getattr(explanation, f) for f in fields} == dataclasses.asdict(decision)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import sdgp_fx
-from sdgp_fx import SDGPConfig, backend
+from sdgp_fx import SDGPConfig, backend, graph_pass
 from sdgp_fx.inspection.monitor import STATISTICS
 from sdgp_fx.kernels import reference
 from sdgp_fx.kernels.record import RECORD
@@ -231,14 +231,14 @@ def test_off_the_graphs_are_what_they_were_and_on_nothing_else_is_added(model, m
 
 
 def test_inductors_key_tells_the_graphs_apart():
-    plain = backend.PruneInputGrads(SDGPConfig())
-    recording = [backend.PruneInputGrads(SDGPConfig(), monitor=key) for key in "01"]
+    plain = graph_pass.PruneInputGrads(SDGPConfig())
+    recording = [graph_pass.PruneInputGrads(SDGPConfig(), monitor=key) for key in "01"]
     assert len({plain.uuid(), *(rewrite.uuid() for rewrite in recording)}) == 3
 
 
 def test_a_second_run_of_the_pass_adds_nothing(model):
     graph = joint_graph(model, images()).graph
-    backend.PruneInputGrads(SDGPConfig(), monitor="0")(graph)
+    graph_pass.PruneInputGrads(SDGPConfig(), monitor="0")(graph)
     before = str(graph)
     record_statistics(graph, "0")
     assert str(graph) == before

@@ -11,9 +11,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from sdgp_fx import SDGPConfig
 from sdgp_fx.kernels import reference
 from sdgp_fx.kernels.op import CHANNEL_FACTOR, PRUNE_NM
-from sdgp_fx.passes import prune_input_grads as the_pass
+from sdgp_fx.passes import decisions as why
 from sdgp_fx.passes.convolutions import CONVOLUTION_BACKWARD
-from sdgp_fx.passes.layers import module_name, module_roots
+from sdgp_fx.passes.module_names import module_name, module_roots
 from sdgp_fx.passes.prune_input_grads import prune_input_grads
 
 from .graphs import backward_of, copy_graph, gradients, is_pruned, joint_graph, random_inputs, run
@@ -321,12 +321,12 @@ def test_decisions_reasons_and_names():
     decisions = prune_input_grads(joint_graph(Block(), torch.randn(1, 3, 9, 9)).graph, SDGPConfig())
     assert [(d.module, d.pruned, d.reason) for d in decisions] == [
         ("", True, ""),
-        ("grouped", False, the_pass.NOT_A_MULTIPLE),
+        ("grouped", False, why.NOT_A_MULTIPLE),
         ("odd.back", True, ""),
-        ("odd.six", False, the_pass.NOT_A_MULTIPLE),
-        ("body.2", False, the_pass.DEPTHWISE),
+        ("odd.six", False, why.NOT_A_MULTIPLE),
+        ("body.2", False, why.DEPTHWISE),
         ("body.0", True, ""),
-        ("stem", False, the_pass.NO_INPUT_GRADIENT),
+        ("stem", False, why.NO_INPUT_GRADIENT),
     ]
     grouped = decisions[1]
     assert grouped.grad_output == (1, 16, 3, 3)
@@ -350,17 +350,17 @@ def test_include_and_exclude():
     config = SDGPConfig(include="body.*,odd.*", exclude="odd.back")
     reasons = {d.module: d.reason for d in prune_input_grads(gm.graph, config)}
     assert reasons["body.0"] == ""
-    assert reasons["odd.back"] == reasons["grouped"] == reasons[""] == the_pass.EXCLUDED
-    assert reasons["stem"] == the_pass.NO_INPUT_GRADIENT
+    assert reasons["odd.back"] == reasons["grouped"] == reasons[""] == why.EXCLUDED
+    assert reasons["stem"] == why.NO_INPUT_GRADIENT
 
 
 @pytest.mark.parametrize(
     ("device", "dtype", "reason"),
     [
         ("cuda", torch.float32, ""),
-        ("cuda", torch.float64, the_pass.DTYPE),
+        ("cuda", torch.float64, why.DTYPE),
         ("cpu", torch.float64, ""),
-        ("cpu", torch.float8_e5m2, the_pass.DTYPE),
+        ("cpu", torch.float8_e5m2, why.DTYPE),
     ],
 )
 def test_dtypes(device, dtype, reason):

@@ -28,6 +28,8 @@ PRIVATE = {
         "torch._dynamo.exc.ShortenTraceback": "__init__",
         "torch._functorch.partitioners": "min_cut_rematerialization_partition",
         "torch._inductor.config": "joint_custom_pre_pass",
+    },
+    "sdgp_fx/graph_pass.py": {
         "torch._inductor.custom_graph_pass": "CustomGraphPass get_hash_for_files",
     },
     "sdgp_fx/cli/doctor.py": {
@@ -85,7 +87,7 @@ PRIVATE = {
     "sdgp_fx/measurement/convolutions.py": {
         "torch.utils._python_dispatch": "TorchDispatchMode",
     },
-    "sdgp_fx/passes/channels.py": {
+    "sdgp_fx/passes/graph.py": {
         "torch._inductor.decomposition": "select_decomp_table",
     },
     "sdgp_fx/passes/linears.py": {

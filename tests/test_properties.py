@@ -12,9 +12,9 @@ from hypothesis import assume, given, reject, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from sdgp_fx import SDGPConfig, backend
+from sdgp_fx import SDGPConfig, graph_pass
 from sdgp_fx.kernels.op import PRUNE_NM, STOCHASTIC
-from sdgp_fx.passes import prune_input_grads as the_pass
+from sdgp_fx.passes import decisions as why
 from sdgp_fx.passes.convolutions import CONVOLUTION_BACKWARD
 from sdgp_fx.passes.prune_input_grads import prune_input_grads
 
@@ -135,14 +135,14 @@ def reason_dense(layer, x, config, chosen):
     if kind(layer) == "conv":
         channels, groups = layer.out_channels, layer.groups
     if not x.requires_grad:
-        return the_pass.NO_INPUT_GRADIENT
+        return why.NO_INPUT_GRADIENT
     if config.n == config.m:
-        return the_pass.KEEPS_ALL
+        return why.KEEPS_ALL
     if layer not in chosen:
-        return the_pass.EXCLUDED
+        return why.EXCLUDED
     if kind(layer) == "conv" and channels == groups:
-        return the_pass.DEPTHWISE
-    return the_pass.NOT_A_MULTIPLE if channels // groups % config.m else ""
+        return why.DEPTHWISE
+    return why.NOT_A_MULTIPLE if channels // groups % config.m else ""
 
 
 def expected_decisions(network, x, config, chosen):
@@ -199,7 +199,7 @@ def test_networks(data, setting, seed):
     graphs = []
     torch._dynamo.reset()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backend, "_report", lambda *seen: graphs.append(seen))
+        patch.setattr(graph_pass, "_report", lambda *seen: graphs.append(seen))
         options = {f"sdgp.{key}": value for key, value in dataclasses.asdict(config).items()}
         compiled = torch.compile(network, backend="sdgp", options=options)
         output, result = step(network, x, compiled, seed)

@@ -14,7 +14,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 
 from benchmarks.architectures import Architecture, loss
 from benchmarks.rewrite import Original
-from sdgp_fx import backend
+from sdgp_fx import graph_pass
 from sdgp_fx.passes.prune_input_grads import prune_input_grads
 
 from .definition import eager_sdgp
@@ -75,7 +75,7 @@ def checked(monkeypatch):
         seen[1].append(original.check(graph, decisions, config))
         return decisions
 
-    monkeypatch.setattr(backend, "prune_input_grads", check)
+    monkeypatch.setattr(graph_pass, "prune_input_grads", check)
     return seen
 
 

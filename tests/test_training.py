@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 import sdgp_fx
-from sdgp_fx import backend
+from sdgp_fx import graph_pass
 
 from .definition import eager_sdgp
 
@@ -136,7 +136,7 @@ def assert_same_parameters(model, other, rtol=1e-4, atol=1e-5):
 def decided(monkeypatch):
     """The decisions of each graph that is compiled."""
     graphs = []
-    monkeypatch.setattr(backend, "_report", lambda graph, made: graphs.append(made))
+    monkeypatch.setattr(graph_pass, "_report", lambda graph, made: graphs.append(made))
     return graphs
 
 

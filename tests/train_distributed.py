@@ -15,7 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from sdgp_fx import backend
+from sdgp_fx import graph_pass
 
 OPTIONS = {"sdgp.inner": "aot_eager", "sdgp.targets": "conv,linear"}
 
@@ -109,7 +109,7 @@ def train(model, run, part=slice(None)):
 def main():
     setup, folder = sys.argv[1:]
     decided = []
-    backend._report = lambda graph, decisions: decided.extend(decisions)
+    graph_pass._report = lambda graph, decisions: decided.extend(decisions)
     dist.init_process_group("gloo")
     rank, processes = dist.get_rank(), dist.get_world_size()
     model = make()

@@ -13,7 +13,8 @@ import torch
 from torch import fx
 
 from sdgp_fx import SDGPConfig
-from sdgp_fx.backend import PruneInputGrads, aot_eager
+from sdgp_fx.backend import aot_eager
+from sdgp_fx.graph_pass import PruneInputGrads
 from sdgp_fx.inductor import lowering  # noqa: F401  (Importing it registers it.)
 from sdgp_fx.kernels.op import PRUNE_NM
 

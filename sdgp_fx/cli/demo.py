@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from torchvision.datasets import CIFAR10
 
 from ..inspection.explain import explain
-from ..passes.prune_input_grads import Decision
+from ..passes.decisions import Decision
 from .doctor import missing_for_cpp
 from .networks import check_model
 

@@ -50,9 +50,8 @@ def run(args: argparse.Namespace) -> int:
 def examine() -> Iterator[Finding]:
     """All findings; without torch, those that need none."""
     yield Finding("python", platform.python_version())
-    yield Finding(
-        "sdgp_fx", f"{version('sdgp_fx') or 'not installed'}, {Path(__file__).parents[1]}"
-    )
+    package = Path(__file__).parents[1]
+    yield Finding("sdgp_fx", f"{version('sdgp_fx') or 'not installed'}, {package}")
     torch = find_torch()
     yield torch
     for name, use in OPTIONAL.items():

@@ -14,8 +14,8 @@ import torch._functorch.config as functorch_config
 from torch import fx, nn
 from torch._logging import trace_structured
 
+from ..passes.decisions import Decision
 from ..passes.layers import is_pruned
-from ..passes.prune_input_grads import Decision
 
 log = logging.getLogger(__name__)
 

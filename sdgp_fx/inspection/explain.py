@@ -10,8 +10,10 @@ from torch import fx, nn
 
 from ..backend import aot_eager
 from ..config import SDGPConfig
-from ..passes.layers import Layer, module_roots, multiply_adds, plain_sizes
-from ..passes.prune_input_grads import Decision, find_layers, prune_input_grads
+from ..passes.decisions import Decision
+from ..passes.layers import Layer, multiply_adds, plain_sizes
+from ..passes.module_names import module_roots
+from ..passes.prune_input_grads import find_layers, prune_input_grads
 from .dry_run import DryRun, Product
 from .report import NO_GRADIENT, NOT_COMPILED, NOT_RUN, Explanation, LayerReport, MultiplyAdds
 

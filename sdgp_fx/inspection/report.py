@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
 from ..config import SDGPConfig
-from ..passes.prune_input_grads import Decision
+from ..passes.decisions import Decision
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

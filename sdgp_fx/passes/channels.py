@@ -9,17 +9,15 @@ the compiler sees reductions, a sort and pointwise operators.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor, fx
-from torch._inductor.decomposition import select_decomp_table
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..config import SDGPConfig
 from ..kernels import channels
-from .layers import Layer, add_call
+from .graph import trace
+from .layers import Layer
 
 
 class Cost(NamedTuple):
@@ -103,21 +101,3 @@ def _take_outputs(weight: Tensor, index: Tensor, layer: Layer, is_channels_last:
 def _is_channels_last(node: fx.Node) -> bool:
     value = node.meta["val"]
     return value.dim() > 2 and statically_known_true(value.stride(1) == 1)
-
-
-def trace(function: Callable[..., Any], operands: tuple[fx.Node, ...], source: fx.Node) -> Any:
-    """Put the operators of function, of the values of operands, before source; return its results.
-
-    The values are fake tensors of one mode. Operators are decomposed as Inductor wants them.
-    """
-    values = [operand.meta["val"] for operand in operands]
-    with values[0].fake_mode:
-        # The table is private; checked on torch 2.11, 2.14 and 2.15.
-        traced = make_fx(function, select_decomp_table())(*values).graph
-    known = dict(zip(traced.find_nodes(op="placeholder"), operands, strict=True))
-    for node in traced.nodes:
-        if node.op != "call_function":
-            continue
-        args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
-        known[node] = add_call(node.target, args, node.meta["val"], source, **kwargs)
-    return fx.map_arg(traced.output_node().args[0], known.__getitem__)

@@ -19,7 +19,8 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import fx
 
-from .layers import Layer, add_call, is_pruned
+from .graph import add_call
+from .layers import Layer, is_pruned
 
 CONVOLUTION_BACKWARD = torch.ops.aten.convolution_backward.default
 

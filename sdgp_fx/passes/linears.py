@@ -33,7 +33,8 @@ from torch import fx, nn
 from torch._functorch import eager_transforms
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from .layers import Layer, compute, is_pruned
+from .graph import compute
+from .layers import Layer, is_pruned
 
 aten = torch.ops.aten
 MM = aten.mm.default

@@ -19,7 +19,8 @@ from torch import fx
 from ..kernels.op import CHANNEL_FACTOR, PRUNE_NM
 from ..kernels.record import RECORD
 from ..kernels.reference import accumulation_dtype
-from .layers import add_call, compute, module_of
+from .graph import add_call, compute
+from .module_names import module_of
 
 aten = torch.ops.aten
 
