@@ -103,10 +103,10 @@ def cifar10(tmp_path, monkeypatch):
 
 
 def compiled_apart(module):
-    """The JSON that a module of these tests prints, in a process where Triton compiles."""
+    """The JSON that a module of tests.helpers prints, in a process where Triton compiles."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     run = subprocess.run(
-        [sys.executable, "-m", f"tests.{module}"],
+        [sys.executable, "-m", f"tests.helpers.{module}"],
         cwd=Path(__file__).parents[1],
         env=environment,
         capture_output=True,

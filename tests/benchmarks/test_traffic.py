@@ -1,0 +1,172 @@
+"""The traffic counter, and what it counts: one more write for a pruned gradient, nothing else."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("timm", reason="needs timm")
+pytest.importorskip("triton", reason="needs Triton")
+
+import sdgp_fx
+from benchmarks import traffic
+from benchmarks.gpu_codegen import generate
+
+ROOT = Path(__file__).parents[2]
+RESCALED = {"n": 2, "m": 4, "prune": "rescaled_magnitude", "rescale": "group"}
+
+PARTS = ("", "_more", "_densenet121")
+SHORT_TABLE = [("model", ""), ("layers", "d"), ("stock_launches", "d"), ("extra_launches", "d")]
+BYTES = [("extra_bytes_per_pruned", ".4f")]
+TABLES = {
+    "README.md": [*SHORT_TABLE, *BYTES],
+    "docs/benchmarks.md": [
+        *SHORT_TABLE,
+        *[("stock_gb", ".2f"), ("pruned_gb", ".2f")],
+        *BYTES,
+        ("extra_peak_per_largest", ".2f"),
+    ],
+}
+
+
+class Net(nn.Module):
+    def __init__(self, bias=False):
+        super().__init__()
+        self.first = nn.Conv2d(3, 16, 3)
+        self.second = nn.Conv2d(16, 32, 1, bias=bias)
+
+    def forward(self, x):
+        return self.second(self.first(x).relu()).square().mean((2, 3))
+
+
+def count(model, images, **options):
+    """Backward of both compilers, and the code of their backwards."""
+    counted = {}
+    for name, compile_ in {
+        "stock": torch.compile,
+        "sdgp": lambda f: torch.compile(f, backend=sdgp_fx.sdgp, options=options),
+    }.items():
+
+        def inspect(graph, code, name=name):
+            if graph.is_backward:
+                counted[name] = traffic.Backward.count(graph, code), code
+
+        generate(model, images, compile_, inspect)
+    return counted
+
+
+def channels_last(*shape, dtype=torch.bfloat16):
+    images = torch.empty(shape, dtype=dtype, device="meta")
+    return images.contiguous(memory_format=torch.channels_last)
+
+
+def network(**kwargs):
+    return Net(**kwargs).bfloat16().to(memory_format=torch.channels_last)
+
+
+def test_counts_of_a_small_network_by_hand():
+    """grad of second's output = 2 * output * grad: read N x 32, output; write it, and pruned."""
+    counted = count(network(), channels_last(8, 3, 34, 34))
+    (stock, _), (ours, code) = counted["stock"], counted["sdgp"]
+    gradient = 8 * 32 * 32 * 32 * 2
+    assert ours.pruned == [gradient]
+    assert ours.unfused == []
+    assert ours.launches == stock.launches
+    assert ours.read == stock.read
+    assert ours.written == stock.written + gradient
+    # The kernel that makes the gradient reads as much as it writes, and a small tensor.
+    assert stock.written >= gradient
+    assert stock.read >= gradient + 8 * 32 * 2
+    assert code.count("convolution_backward.default(") == 3  # weight of both, input of one
+
+
+def test_an_own_kernel_is_counted():
+    images = channels_last(8, 3, 34, 34)
+    counted = count(network(), images, **{"sdgp.rescale": "feature_map"})
+    (stock, _), (ours, _) = counted["stock"], counted["sdgp"]
+    (gradient,) = ours.pruned
+    assert ours.launches == stock.launches + 1
+    assert ours.read == stock.read + gradient
+    assert ours.written == stock.written + gradient
+    assert ours.unfused == ["not lowered"]
+
+
+@pytest.fixture(scope="module")
+def resnet18():
+    (row,) = traffic.compare("resnet18", 256, 224, "bfloat16", "channels_last", RESCALED)
+    return row
+
+
+def test_resnet18_has_no_launch_more(resnet18):
+    assert resnet18["layers"] == 19
+    assert resnet18["extra_launches"] == resnet18["extra_kernels"] == 0
+    assert resnet18["unfused"] == {}
+
+
+def test_resnet18_writes_the_pruned_gradients_and_no_more(resnet18):
+    """A transposing copy, or a second read of a gradient, would show here."""
+    assert resnet18["extra_read_gb"] == 0
+    assert 1 <= resnet18["extra_bytes_per_pruned"] <= 1.02
+
+
+def test_resnet18_needs_at_most_a_gradient_more_memory(resnet18):
+    assert resnet18["extra_saved_bytes"] == 0
+    assert resnet18["extra_peak_per_largest"] <= 1
+
+
+def test_inductors_own_layout_optimisation_brings_no_copy():
+    """It makes the convolutions of an NCHW network channels-last, gradients too."""
+    images = torch.empty(8, 3, 34, 34, dtype=torch.bfloat16, device="meta")
+    counted = count(Net().bfloat16(), images)
+    (stock, _), (ours, code) = counted["stock"], counted["sdgp"]
+    assert "(32768, 1, 1024, 32)" in code  # The gradient's strides.
+    assert ours.unfused == []
+    assert ours.launches <= stock.launches
+    assert ours.read <= stock.read
+    assert ours.written <= stock.written + ours.pruned[0]
+
+
+def test_the_documentation_has_these_figures():
+    """Those that are in the repository, in the order of the tables."""
+    files = [ROOT / "benchmarks" / "results" / f"traffic{part}.json" for part in PARTS]
+    counted = [row for file in files for row in json.loads(file.read_text())["rows"]]
+    assert all(row.items() >= RESCALED.items() for row in counted)
+    for page, columns in TABLES.items():
+        cells = [[format(row[name], form) for name, form in columns] for row in counted]
+        table = "".join(f"| {' | '.join(row)} |\n" for row in cells)
+        assert f"|\n{table}\n" in (ROOT / page).read_text()
+
+
+def test_command(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(traffic, "build_network", lambda name: Net())
+    out = tmp_path / "out.json"
+    tiny = ["--model", "test_resnet", "--batch", "4", "--size", "64"]
+    assert traffic.main([*tiny, "--prune", "random", "--out", str(out)]) == 0
+    saved = json.loads(out.read_text())
+    (row,) = saved["rows"]
+    assert (row["model"], row["prune"]) == ("test_resnet", "random")
+    assert row["stock"]["launches"] + row["extra_launches"] == row["sdgp"]["launches"]
+    assert sum(row["sdgp"]["pruned"]) == row["pruned_bytes"]
+    assert "test_resnet" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [("--model", "resnet_none", "timm"), ("--m", "3", "power of two"), ("--prune", "x", "random")],
+)
+def test_errors_are_of_one_line(capsys, option, value, message):
+    with pytest.raises(SystemExit) as error:
+        traffic.main([option, value])
+    assert error.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+def test_the_process_knows_again_that_there_is_no_gpu():
+    before = torch.cuda.is_available()
+    count(network(), channels_last(2, 3, 34, 34))
+    assert torch.cuda.is_available() == before
+    model = torch.compile(network().float(), backend=sdgp_fx.sdgp)
+    model(torch.randn(2, 3, 34, 34)).sum().backward()

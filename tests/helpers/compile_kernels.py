@@ -1,0 +1,182 @@
+"""Compile the Triton kernels for a GPU that need not be there; print what came out as JSON.
+
+python -m tests.helpers.compile_kernels, without TRITON_INTERPRET: one object for each kernel, with
+the bytes of its global accesses in the PTX, and its local memory and registers from the machine
+code.
+"""
+
+import json
+import re
+import subprocess
+import tempfile
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from sdgp_fx.kernels import triton_prune
+
+CHANNELS = 256
+
+
+def compile_kernel(kernel, arguments, constants, capability, sizes="multiples"):
+    """Compile as Triton does for a call with such arguments.
+
+    arguments: name -> Triton type.
+    sizes: "multiples" of 16, which pointers are too; "odd" ones; "wide", of 64 bits; or
+        "position", odd ones with the spatial size 1, which Triton makes a constant.
+    """
+    if sizes == "wide":
+        arguments = {k: "i64" if kind == "i32" else kind for k, kind in arguments.items()}
+    if sizes == "position":
+        arguments = {k: kind for k, kind in arguments.items() if k != "spatial"}
+        constants = {**constants, "spatial": 1}
+    signature = {name: arguments.get(name, "constexpr") for name in kernel.arg_names}
+    aligned = {
+        (kernel.arg_names.index(name),): [["tt.divisibility", 16]]
+        for name, kind in arguments.items()
+        if name != "seed_ptr" and (sizes == "multiples" or kind.startswith("*"))
+    }
+    return triton.compile(
+        ASTSource(kernel, signature, constants, aligned),
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": triton_prune._WARPS, "enable_fp_fusion": False},
+    )
+
+
+def prune_kernel(dtype, n, m, prune, channels_last, capability, scope="group", **kwargs):
+    arguments = {"x_ptr": f"*{dtype}", "out_ptr": f"*{dtype}"}
+    arguments |= {"size": "i32", "channels": "i32", "spatial": "i32"}
+    constants = {"N": n, "M": m, "PRUNE": prune, "CHANNELS_LAST": channels_last}
+    wide = kwargs.get("sizes") == "wide"
+    constants |= {"BLOCK": triton_prune.group_block(m, channels_last, wide)}
+    for name, kind, used in (
+        ("seed_ptr", "*i64", prune in ("random", "mvue")),
+        ("factor_ptr", "*fp32", scope == "channel"),
+    ):
+        if used:
+            arguments[name] = kind
+        else:
+            constants[name] = None
+    return compile_kernel(triton_prune._prune_kernel, arguments, constants, capability, **kwargs)
+
+
+def scope_kernel(kernel, dtype, n, m, channels_last, capability, **kwargs):
+    arguments = {"x_ptr": f"*{dtype}", "channels": "i32", "spatial": "i32"}
+    if kernel is triton_prune._feature_map_kernel:
+        arguments["out_ptr"] = f"*{dtype}"
+    else:
+        arguments |= {"sums_ptr": "*fp32", "chunk": "i32"}
+    rows, columns = triton_prune.scope_tile(m, CHANNELS, channels_last)
+    constants = {"N": n, "M": m, "CHANNELS_LAST": channels_last, "ROWS": rows, "COLUMNS": columns}
+    return compile_kernel(kernel, arguments, constants, capability, **kwargs)
+
+
+class Driver:
+    """Answers for a GPU that isn't there what Triton asks before it compiles for a launch."""
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device=None):
+        return 0
+
+
+def launched_kernels():
+    """Every kernel that the launchers launch, compiled for their very arguments, not run."""
+    triton.runtime.driver._active = triton.runtime.driver._default = Driver()
+    compiled = {}
+    label = None
+
+    def launch(kernel, grid):
+        def record(*args, **kwargs):
+            compiled[f"{label} {kernel.fn.__name__}"] = kernel.warmup(*args, grid=grid, **kwargs)
+
+        return record
+
+    type(triton_prune._prune_kernel).__getitem__ = launch
+    seed = torch.tensor([3])
+    for layout in (torch.channels_last, torch.contiguous_format):
+        x = torch.randn(4, 64, 16, 16).bfloat16().to(memory_format=layout)
+        for prune in ("random", "magnitude", "rescaled_magnitude", "mvue"):
+            for rescale in ("group", "feature_map", "channel"):
+                if rescale == "group" or prune == "rescaled_magnitude":
+                    label = f"launched {str(layout).removeprefix('torch.')} {prune} {rescale}"
+                    triton_prune.prune_nm(x, seed, 2, 4, prune, rescale)
+    return compiled
+
+
+def describe(compiled):
+    ptx = compiled.asm["ptx"]
+    accesses = re.findall(r"(ld|st)\.global\S*?(?:\.v(\d))?\.[bfus](\d+)", ptx)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        tool = triton.knobs.nvidia.cuobjdump.path
+        sass = subprocess.run(
+            [tool, "-sass", file.name], capture_output=True, text=True, check=True
+        )
+        usage = subprocess.run(
+            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+        )
+    instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@\S+ )?\s*(\w+)", sass.stdout, re.M)
+    return {
+        "loads": [
+            int(vector or 1) * int(bits) // 8 for kind, vector, bits in accesses if kind == "ld"
+        ],
+        "stores": [
+            int(vector or 1) * int(bits) // 8 for kind, vector, bits in accesses if kind == "st"
+        ],
+        "spills": sum(name in ("LDL", "STL") for name in instructions),
+        "instructions": sum(name != "NOP" for name in instructions),
+        "registers": int(re.search(r"REG:(\d+)", usage.stdout).group(1)),
+        "shared": compiled.metadata.shared,
+    }
+
+
+def main():
+    kernels = {}
+    for capability in (80, 90):
+        sm = f"sm_{capability}"
+        for prune in ("random", "magnitude", "rescaled_magnitude", "mvue"):
+            for layout in ("channels_last", "nchw"):
+                kernels[f"{sm} {layout} bf16 2:4 {prune}"] = prune_kernel(
+                    "bf16", 2, 4, prune, layout == "channels_last", capability
+                )
+        for dtype, n, m in (("fp32", 2, 4), ("fp16", 2, 4), ("bf16", 4, 8), ("fp32", 16, 32)):
+            kernels[f"{sm} channels_last {dtype} {n}:{m} rescaled_magnitude"] = prune_kernel(
+                dtype, n, m, "rescaled_magnitude", True, capability
+            )
+        kernels[f"{sm} channels_last bf16 2:4 factor"] = prune_kernel(
+            "bf16", 2, 4, "rescaled_magnitude", True, capability, scope="channel"
+        )
+        for name in ("feature_map", "channel_sums"):
+            kernel = getattr(triton_prune, f"_{name}_kernel")
+            kernels[f"{sm} channels_last bf16 2:4 {name}"] = scope_kernel(
+                kernel, "bf16", 2, 4, True, capability
+            )
+    for sizes in ("odd", "wide", "position"):
+        for channels_last in (True, False) if sizes != "position" else (True,):
+            layout = "channels_last" if channels_last else "nchw"
+            kernels[f"{layout} {sizes} mvue"] = prune_kernel(
+                "bf16", 2, 4, "mvue", channels_last, 90, sizes=sizes
+            )
+            for name in ("feature_map", "channel_sums"):
+                kernel = getattr(triton_prune, f"_{name}_kernel")
+                kernels[f"{layout} {sizes} {name}"] = scope_kernel(
+                    kernel, "bf16", 2, 4, channels_last, 90, sizes=sizes
+                )
+    # The most registers of all: 32 planes of float32, their keys and two sums for each.
+    kernels["sm_90 nchw fp32 16:32 feature_map"] = scope_kernel(
+        triton_prune._feature_map_kernel, "fp32", 16, 32, False, 90
+    )
+    kernels |= launched_kernels()
+    print(json.dumps({name: describe(kernel) for name, kernel in kernels.items()}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,200 @@
+"""The Triton kernels against the oracle: on a GPU, else in Triton's interpreter on the CPU."""
+
+import pytest
+import torch
+
+from sdgp_fx.kernels import reference
+
+from ..conftest import HAS_GPU
+
+pytest.importorskip("triton", reason="needs Triton")
+import triton
+
+from sdgp_fx.kernels import triton_prune
+
+pytestmark = pytest.mark.filterwarnings("ignore:(divide by zero|invalid value|overflow):Warning")
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+PATTERNS = [(1, 2), (2, 4), (3, 8), (5, 16), (16, 32)]
+# Which values are kept must agree everywhere. Where kept values are scaled, the kernels may
+# differ by one unit in the last place of the dtype: sums over the wider scopes run in another
+# order, a GPU's division is good to 2 units of float32, and Triton's interpreter cuts bfloat16
+# off where a GPU rounds. Subnormal numbers have a fixed unit, hence the absolute part.
+ULP = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+SUBNORMAL = {torch.float32: 1e-44, torch.bfloat16: 1e-40, torch.float16: 6e-8}
+
+
+@triton.jit
+def _count(out_ptr, n):
+    for i in range(n):
+        triton.language.store(out_ptr, i)
+
+
+def can_loop():
+    """Triton 3.6's interpreter can't take the end of a range from an argument with numpy >= 2.4."""
+    try:
+        _count[(1,)](torch.zeros(1, dtype=torch.int32, device="cuda" if HAS_GPU else "cpu"), 3)
+    except triton.runtime.errors.InterpreterError:
+        return False
+    return True
+
+
+needs_loops = pytest.mark.skipif(
+    not can_loop(), reason="this Triton's interpreter has no loops with this numpy"
+)
+
+
+SCOPES = ["group", *(pytest.param(s, marks=needs_loops) for s in ("feature_map", "channel"))]
+
+
+def special(shape, dtype):
+    """Ties, zeros of both signs, subnormal, smallest and largest numbers, NaN, infinities."""
+    info = torch.finfo(dtype)
+    palette = [0.0, -0.0, 1.0, -1.0, 1 + info.eps, info.tiny / 2, -info.tiny, 2.0]
+    palette += [float("nan"), float("inf"), -float("inf"), info.max, info.min]
+    palette = torch.tensor(palette, dtype=torch.float64).to(dtype)
+    x = torch.randn(shape).to(dtype)
+    drawn = palette[torch.randint(len(palette), shape)]
+    # Most groups see finite numbers only: one NaN decides the outcome of a whole scope.
+    rare = torch.rand(shape) < torch.tensor([0.0, 0.02, 0.5])[torch.randint(3, (shape[0], 1, 1, 1))]
+    return torch.where(rare.view(shape), drawn, x)
+
+
+def as_channels_last(x):
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def compare(x, seed, n, m, prune, rescale):
+    """Kernel and oracle on the same gradient."""
+    if x.dtype == torch.bfloat16 and not HAS_GPU and prune in ("rescaled_magnitude", "mvue"):
+        # Triton's interpreter (3.6 to 3.9) turns 1e-39 into 6e-39 on the way from float32.
+        x = torch.where(x.abs() < torch.finfo(x.dtype).tiny, 0, x)
+    expected = reference.prune_nm(x, seed, n, m, prune, rescale)
+    result = triton_prune.prune_nm(x, seed, n, m, prune, rescale)
+    assert (result.dtype, result.stride()) == (expected.dtype, expected.stride())
+    assert torch.equal(result != 0, expected != 0), "kept other values"
+    if prune in ("random", "magnitude"):
+        integer = torch.int32 if x.dtype == torch.float32 else torch.int16
+        assert torch.equal(result.view(integer), expected.view(integer))
+    else:
+        torch.testing.assert_close(
+            result, expected, rtol=ULP[x.dtype], atol=SUBNORMAL[x.dtype], equal_nan=True
+        )
+
+
+def compare_factors(x, n, m):
+    """Float32 sums in another order, for every dtype of the gradient."""
+    expected = reference.channel_factor(x, n, m)
+    result = triton_prune.channel_factor(x, n, m)
+    assert result.dtype == expected.dtype == torch.float32
+    torch.testing.assert_close(result, expected, rtol=ULP[torch.float32], atol=0)
+
+
+@pytest.fixture
+def seed(device):
+    return torch.tensor([-6148914691236517206], device=device)
+
+
+@pytest.mark.parametrize("layout", [torch.Tensor.contiguous, as_channels_last])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "m"), PATTERNS)
+@pytest.mark.parametrize("prune", ["random", "magnitude", "rescaled_magnitude", "mvue"])
+def test_scope_group(layout, dtype, n, m, prune, device, seed, nan_filled_empty):
+    x = special((3, 2 * m, 5, 7), dtype)
+    compare(layout(x).to(device), seed, n, m, prune, "group")
+
+
+@pytest.mark.parametrize("layout", [torch.Tensor.contiguous, as_channels_last])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (16, 32)])
+@pytest.mark.parametrize("rescale", ["feature_map", "channel"])
+@needs_loops
+def test_wider_scopes(layout, dtype, n, m, rescale, device, nan_filled_empty):
+    x = special((3, 3 * m, 5, 7), dtype)
+    compare(layout(x).to(device), None, n, m, "rescaled_magnitude", rescale)
+
+
+@pytest.mark.parametrize("layout", [torch.Tensor.contiguous, as_channels_last])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "m"), PATTERNS)
+@needs_loops
+def test_channel_factor(layout, dtype, n, m, device, nan_filled_empty):
+    x = special((3, 3 * m, 5, 7), dtype)
+    compare_factors(layout(x).to(device), n, m)
+
+
+@needs_loops
+def test_channel_factor_of_other_strides_and_sizes(device, nan_filled_empty):
+    """Gaps, a broadcast, another order; several programs along both axes, the last ones in part."""
+    x = torch.randn(2, 8, 3, 5).to(device)
+    compare_factors(torch.stack([x, x], -1)[..., 0], 2, 4)
+    compare_factors(x[:1].expand(4, 8, 3, 5), 2, 4)
+    compare_factors(x.permute(3, 1, 0, 2), 2, 4)
+    compare_factors(x[:0], 2, 4)
+    for layout in (torch.Tensor.contiguous, as_channels_last):
+        compare_factors(layout(torch.randn(2, 72, 41, 43)).to(device), 2, 4)
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 11), (1, 4, 1, 1), (2, 8, 3, 5, 2), (5, 4, 1), (7, 40)])
+@pytest.mark.parametrize("layout", [torch.Tensor.contiguous, as_channels_last])
+@pytest.mark.parametrize("rescale", SCOPES)
+def test_dimensions(shape, layout, rescale, device, nan_filled_empty):
+    x = layout(torch.randn(shape)).to(device)
+    compare(x, None, 2, 4, "rescaled_magnitude", rescale)
+
+
+@pytest.mark.parametrize("layout", [torch.Tensor.contiguous, as_channels_last])
+@pytest.mark.parametrize("rescale", SCOPES)
+def test_more_than_one_program(layout, rescale, device, nan_filled_empty):
+    """Several tiles along every axis of the grids, the last ones in part."""
+    x = layout(torch.randn(2, 72, 41, 43)).to(device)
+    compare(x, None, 2, 4, "rescaled_magnitude", rescale)
+
+
+@pytest.mark.parametrize("prune", ["random", "mvue"])
+def test_random_numbers_of_every_program(prune, device, seed, nan_filled_empty):
+    x = torch.randn(2, 8, 41, 43)
+    compare(x.to(device), seed, 2, 4, prune, "group")
+    compare(as_channels_last(x).to(device), seed, 2, 4, prune, "group")
+
+
+def test_other_strides_are_copied(device, nan_filled_empty):
+    x = torch.randn(2, 8, 3, 5).to(device)
+    compare(torch.stack([x, x], -1)[..., 0], None, 2, 4, "magnitude", "group")
+    compare(x[:1].expand(4, 8, 3, 5), None, 2, 4, "magnitude", "group")
+    compare(x.permute(3, 1, 0, 2), None, 2, 4, "magnitude", "group")
+
+
+def test_zero_sized(device):
+    x = torch.empty(0, 8, 3, 5, device=device)
+    assert triton_prune.prune_nm(x, None, 2, 4, "magnitude", "group").shape == x.shape
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("prune", ["random", "magnitude", "rescaled_magnitude", "mvue"])
+def test_operator_uses_the_kernels_on_a_gpu(prune, seed):
+    x = torch.randn(2, 8, 3, 5, device="cuda").bfloat16()
+    result = torch.ops.sdgp.prune_nm(x, seed, 2, 4, prune, "group", 1)
+    expected = triton_prune.prune_nm(x, seed, 2, 4, prune, "group")
+    assert torch.equal(result, expected)
+
+
+@pytest.mark.gpu
+def test_channel_factor_uses_the_kernel_on_a_gpu():
+    x = torch.randn(2, 8, 3, 5, device="cuda").bfloat16()
+    expected = triton_prune.channel_factor(x, 2, 4)
+    assert torch.equal(torch.ops.sdgp.channel_factor(x, 2, 4), expected)
+
+
+@pytest.mark.gpu
+def test_more_than_two_to_the_31_values():
+    x = torch.zeros(2**31 // 64 + 5, 64, 1, 1, device="cuda", dtype=torch.bfloat16)
+    x[-1] = torch.arange(64, device="cuda").view(64, 1, 1)
+    result = triton_prune.prune_nm(x, None, 2, 4, "magnitude", "group")
+    assert torch.equal(result[-1], reference.prune_nm(x[-1:], None, 2, 4, "magnitude", "group")[0])
+
+
+def test_these_tests_ran_the_kernels():
+    """In the interpreter or on a GPU, never the compiled kernels on a CPU or nothing at all."""
+    interpreted = type(triton_prune._prune_kernel).__name__ == "InterpretedFunction"
+    assert interpreted != HAS_GPU

@@ -1,0 +1,390 @@
+"""Linear layers in the joint graph: found by structure, and fed with the pruned gradient."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from sdgp_fx import SDGPConfig, explain
+from sdgp_fx.kernels import reference
+from sdgp_fx.kernels.op import PRUNE_NM
+from sdgp_fx.passes import decisions as why
+from sdgp_fx.passes import linears
+from sdgp_fx.passes.prune_input_grads import prune_input_grads
+
+from ..helpers.graphs import copy_graph, joint_graph, random_inputs, run
+
+LINEAR = SDGPConfig(targets="linear")
+MM = torch.ops.aten.mm.default
+PRODUCTS = MM, torch.ops.aten.bmm.default
+
+
+class Functional(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(16, 8))
+
+    def forward(self, x):
+        return F.linear(x, self.weight)
+
+
+class ColumnMajor(nn.Linear):
+    def forward(self, x):
+        return super().forward(x.T)
+
+
+class Frozen(nn.Linear):
+    def __init__(self):
+        super().__init__(8, 16)
+        self.requires_grad_(False)
+
+
+class Batched(nn.Linear):
+    """The rows of its input are no view of it, and its weight has no gradient."""
+
+    def __init__(self):
+        super().__init__(8, 16, bias=False)
+        self.requires_grad_(False)
+
+    def forward(self, x):
+        return super().forward(x.mT)
+
+
+LAYERS = {
+    "rows": (nn.Linear(8, 16), (6, 8)),
+    "no bias": (nn.Linear(8, 16, bias=False), (6, 8)),
+    "positions": (nn.Linear(8, 16), (3, 5, 8)),
+    "image": (nn.Linear(8, 16, bias=False), (2, 3, 5, 8)),
+    "column-major": (ColumnMajor(8, 16), (8, 6)),
+    "functional": (Functional(), (3, 5, 8)),
+    "frozen": (Frozen(), (3, 5, 8)),
+    "batched": (Batched(), (3, 8, 5)),
+    "batched image": (Batched(), (2, 3, 8, 5)),
+}
+
+
+def layer_graph(name, dtype=torch.float32):
+    layer, shape = LAYERS[name]
+    layer = copy.deepcopy(layer).to(dtype)
+    return joint_graph(layer, torch.randn(shape, dtype=dtype, requires_grad=True))
+
+
+def pruned_and_run(name, rescale, dtype=torch.float32):
+    """The rewritten graph of a layer, what it was run on, and the values of its nodes."""
+    gm = layer_graph(name, dtype)
+    inputs = random_inputs(gm)
+    prune_input_grads(gm.graph, SDGPConfig(targets="linear", rescale=rescale))
+    gm.recompile()
+    return gm, inputs, run(gm, inputs)
+
+
+def products(gm):
+    """The products of the backward: [input gradient, weight gradient] in any order."""
+    nodes = [node for node in gm.graph.nodes if node.target in PRODUCTS]
+    return [node for node in nodes if "source_fn_stack" not in node.meta]
+
+
+def readers_of(pruned):
+    """The products that read a pruned gradient or a view of it."""
+    readers = list(pruned.users)
+    for node in readers:
+        readers += [] if node.target in PRODUCTS else node.users
+    return [node for node in readers if node.target in PRODUCTS]
+
+
+def prunes(gm):
+    return gm.graph.find_nodes(op="call_function", target=PRUNE_NM)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_rewrites_the_input_gradient_and_nothing_else(name):
+    gm = layer_graph(name)
+    before = {node: node.args for node in gm.graph.nodes}
+    (decision,) = prune_input_grads(gm.graph, LINEAR)
+    assert (decision.kind, decision.pruned, decision.reason) == ("linear", True, "")
+
+    (pruned,) = prunes(gm)
+    assert pruned.args[0].meta["val"].shape[1] == 16
+    changed = [node for node in gm.graph.nodes if node in before and node.args != before[node]]
+    (input_grad,) = changed
+    assert input_grad in products(gm)
+    assert input_grad in readers_of(pruned)
+    assert len(products(gm)) == (2 if LAYERS[name][0].weight.requires_grad else 1)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_same_numbers(name):
+    gm = layer_graph(name)
+    inputs = random_inputs(gm)
+    before = run(gm, inputs)
+    prune_input_grads(gm.graph, LINEAR)
+    gm.recompile()
+    after = run(gm, inputs)
+
+    (pruned,) = prunes(gm)
+    (reader,) = readers_of(pruned)
+    dense = after[pruned.args[0].name]
+    expected = reference.prune_nm(dense, None, 2, 4, "rescaled_magnitude", "group")
+    assert torch.equal(after[pruned.name], expected)
+    weight = LAYERS[name][0].weight
+    weight = inputs[[tuple(x.shape) for x in inputs].index(tuple(weight.shape))]
+    product = after[reader.name]
+    input_grad = product.T if name == "column-major" else product
+    expected = expected.movedim(1, -1) @ weight
+    torch.testing.assert_close(input_grad, expected.view(input_grad.shape))
+    for node in products(gm):
+        if node is not reader:
+            assert torch.equal(after[node.name], before[node.name])
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("rescale", ["group", "feature_map", "channel"])
+def test_idempotent(name, rescale):
+    gm = layer_graph(name)
+    config = SDGPConfig(targets="linear", rescale=rescale)
+    decisions = prune_input_grads(gm.graph, config)
+    once = copy_graph(gm)
+    assert [d.pruned for d in prune_input_grads(gm.graph, config)] == [d.pruned for d in decisions]
+    assert [node.format_node() for node in gm.graph.nodes] == [
+        node.format_node() for node in once.graph.nodes
+    ]
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("rescale", ["group", "feature_map", "channel"])
+def test_recorded_values_match_the_real_ones(name, rescale):
+    gm, _, values = pruned_and_run(name, rescale, torch.bfloat16)
+    for node in products(gm):
+        for new in (node, *node.all_input_nodes):
+            recorded, real = new.meta["val"], values[new.name]
+            assert (recorded.shape, recorded.dtype) == (real.shape, real.dtype)
+            assert recorded.stride() == real.stride()
+
+
+def test_feature_map_is_over_the_positions_of_a_sample():
+    gm, inputs, values = pruned_and_run("image", "feature_map")
+    (pruned,) = prunes(gm)
+    (tangent,) = [x for x in inputs if x.shape == (2, 3, 5, 16)]
+    maps = tangent.permute(0, 3, 1, 2).contiguous()
+    expected = reference.prune_nm(maps, None, 2, 4, "rescaled_magnitude", "feature_map")
+    torch.testing.assert_close(values[pruned.name], expected)
+    rows = next(node for node in products(gm) if node.args[1].meta["val"].shape == (16, 8)).args[0]
+    torch.testing.assert_close(values[rows.name], expected.permute(0, 2, 3, 1).reshape(30, 16))
+
+
+@pytest.mark.parametrize("name", ["positions", "batched", "batched image"])
+def test_feature_map_of_symbolic_sizes(name):
+    """The number of positions is not known when the graph is rewritten."""
+    layer, shape = LAYERS[name]
+    config = SDGPConfig(targets="linear", rescale="feature_map")
+    results = []
+    for dynamic in (False, True):
+        torch._dynamo.reset()
+        torch.manual_seed(1)
+        x = torch.randn(shape, requires_grad=True)
+        options = {f"sdgp.{k}": v for k, v in dataclasses.asdict(config).items()}
+        options["sdgp.inner"] = "aot_eager"
+        compiled = torch.compile(layer, backend="sdgp", options=options, dynamic=dynamic)
+        results.append(torch.autograd.grad(compiled(x).sin().sum(), x))
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("rescale", ["group", "feature_map", "channel"])
+def test_one_vector(rescale):
+    gm = joint_graph(nn.Linear(8, 16), torch.randn(8, requires_grad=True))
+    config = SDGPConfig(targets="linear", rescale=rescale)
+    (decision,) = prune_input_grads(gm.graph, config)
+    assert decision.pruned
+    assert decision.grad_output == (1, 16)
+
+
+def test_channel_folds_its_factor_into_the_weight():
+    gm, inputs, values = pruned_and_run("positions", "channel")
+    (pruned,) = prunes(gm)
+    assert pruned.args[4] == "magnitude"
+    (input_grad,) = pruned.users
+    dense = values[pruned.args[0].name]
+    (weight,) = [x for x in inputs if x.shape == (16, 8)]
+    expected = reference.prune_nm(dense, None, 2, 4, "rescaled_magnitude", "channel") @ weight
+    torch.testing.assert_close(values[input_grad.name], expected)
+
+
+class Products(nn.Module):
+    """Products of matrices of which one is a linear layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.project = nn.Linear(8, 8)
+        self.table = nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x):
+        q = self.project(x)
+        scores = torch.mm(q, x.t()).softmax(-1)
+        return torch.addmm(q, scores, x) @ self.table
+
+
+def test_leaves_other_products_alone():
+    gm = joint_graph(Products(), torch.randn(8, 8, requires_grad=True))
+    (decision,) = prune_input_grads(gm.graph, LINEAR)
+    assert decision.module == "project"
+    (pruned,) = prunes(gm)
+    (input_grad,) = pruned.users
+    assert input_grad.meta["fwd_source_fn_stack"][-1][1] is nn.Linear
+    assert len(products(gm)) == 8
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_attention_is_projections_alone(need_weights, frozen):
+    attention = nn.MultiheadAttention(8, 2, batch_first=True).requires_grad_(not frozen)
+
+    def attend(x):
+        return attention(x, x, x, need_weights=need_weights)[0]
+
+    gm = joint_graph(attend, torch.randn(3, 5, 8, requires_grad=True))
+    decisions = prune_input_grads(gm.graph, LINEAR)
+    assert sorted(d.weight for d in decisions) == [(8, 8), (24, 8)]
+    for pruned in prunes(gm):
+        (input_grad,) = readers_of(pruned)
+        assert input_grad.target is MM or frozen
+
+
+class Mixed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Linear(8, 8)
+        self.body = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 16))
+        self.conv = nn.Conv1d(16, 8, 1)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = self.body(self.stem(x))
+        return self.head(self.head.weight.mean() + self.conv(x.mT).mT)
+
+
+def decide(model, x, **options):
+    gm = joint_graph(model, x)
+    decisions = prune_input_grads(gm.graph, SDGPConfig(**options))
+    return [(d.module, d.kind, d.reason) for d in decisions], gm
+
+
+def test_decisions_in_the_order_of_the_backward():
+    x = torch.randn(3, 5, 8)
+    linear = [
+        ("head", "linear", ""),
+        ("body.2", "linear", ""),
+        ("body.0", "linear", why.NOT_A_MULTIPLE),
+        ("stem", "linear", why.NO_INPUT_GRADIENT),
+    ]
+    conv = ("conv", "conv", "")
+    assert decide(Mixed(), x, targets="linear")[0] == linear
+    assert decide(Mixed(), x, targets="conv")[0] == [conv]
+    assert decide(Mixed(), x, targets="conv,linear")[0] == [linear[0], conv, *linear[1:]]
+    excluded, gm = decide(Mixed(), x, targets="linear", exclude="body.*,head")
+    assert [reason for *_, reason in excluded[:3]] == [why.EXCLUDED] * 3
+    assert not prunes(gm)
+
+
+def test_one_output_is_not_depthwise():
+    decisions, _ = decide(nn.Linear(8, 1), torch.randn(3, 8, requires_grad=True), targets="linear")
+    assert decisions == [("", "linear", why.NOT_A_MULTIPLE)]
+
+
+def test_a_module_called_twice_has_two_layers():
+    layer = nn.Linear(8, 8)
+    x = torch.randn(3, 8, requires_grad=True)
+    decisions, gm = decide(lambda x: layer(layer(x).relu()), x, targets="linear")
+    assert [reason for *_, reason in decisions] == ["", ""]
+    assert len(prunes(gm)) == 2
+
+
+def test_layers_without_a_backward_are_no_layers():
+    """Frozen ones before the first that is trained; in the graph they differ in nothing else."""
+    frozen = [nn.Linear(8, 8, bias=False).requires_grad_(False) for _ in range(3)]
+    model = nn.Sequential(*frozen, nn.Linear(8, 8), nn.Linear(8, 8))
+    decisions, _ = decide(model, torch.randn(3, 8), targets="linear")
+    assert decisions == [("4", "linear", ""), ("3", "linear", why.NO_INPUT_GRADIENT)]
+
+
+@pytest.mark.parametrize("prune", ["random", "mvue"])
+def test_stochastic_functions_have_a_seed_for_each_layer(prune):
+    x = torch.randn(3, 5, 8)
+    _, gm = decide(Mixed(), x, targets="conv,linear", prune=prune)
+    seeds = [node.args[1] for node in prunes(gm)]
+    assert len({seed.args for seed in seeds}) == len(seeds) == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_under_autocast(dtype):
+    def step(x):
+        with torch.autocast("cpu", dtype):
+            return layer(x)
+
+    layer = nn.Linear(8, 16)
+    gm = joint_graph(step, torch.randn(3, 8, requires_grad=True))
+    (decision,) = prune_input_grads(gm.graph, LINEAR)
+    assert decision.pruned
+    (pruned,) = prunes(gm)
+    assert pruned.meta["val"].dtype == dtype
+
+
+MODELS = {
+    "vit_tiny_patch16_224": {"img_size": 64},
+    "swin_tiny_patch4_window7_224": {"img_size": 64, "window_size": 2},
+    "convnext_tiny": {},
+    "mixer_s32_224": {"img_size": 64},
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_linear_layer_of(name):
+    timm = pytest.importorskip("timm", reason="needs timm")
+    model = timm.create_model(name, num_classes=12, **MODELS[name])
+    expected = {name for name, part in model.named_modules() if isinstance(part, nn.Linear)}
+    options = {"sdgp.targets": "linear"}
+    decisions = explain(model, torch.randn(2, 3, 64, 64), options=options)
+    assert len(decisions) == len(expected)
+    assert {d.module for d in decisions if d.pruned} == expected
+
+
+def test_forward_and_last_weight_gradient_of_a_transformer():
+    """The last layer's gradient is the only one that no pruned gradient goes into."""
+    timm = pytest.importorskip("timm", reason="needs timm")
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=8, img_size=32, depth=2)
+    x, results = torch.randn(2, 3, 32, 32), []
+    for backend, options in (
+        ("aot_eager", None),
+        ("sdgp", {"sdgp.targets": "linear", "sdgp.inner": "aot_eager"}),
+    ):
+        torch._dynamo.reset()
+        model.zero_grad()
+        output = torch.compile(model, backend=backend, options=options)(x)
+        output.square().sum().backward()
+        results.append([output, model.head.weight.grad, model.blocks[1].mlp.fc2.weight.grad])
+    (output, head, inner), (pruned_output, pruned_head, pruned_inner) = results
+    assert torch.equal(pruned_output, output)
+    assert torch.equal(pruned_head, head)
+    assert not torch.equal(pruned_inner, inner)
+
+
+def test_private_names_of_dynamo():
+    """What the search relies on: a node of the forward names the function it comes from."""
+    gm = layer_graph("functional")
+    (forward,) = [n for n in gm.graph.nodes if n.target is MM and "source_fn_stack" in n.meta]
+    assert forward.meta["source_fn_stack"][-1][1] in linears._FUNCTIONS
+    assert all(node.meta["seq_nr"] == forward.meta["seq_nr"] for node in products(gm))
+
+
+def test_inductor_computes_the_same():
+    model, x = Mixed(), torch.randn(3, 5, 8, requires_grad=True)
+    results = []
+    for inner in ("aot_eager", "inductor"):
+        torch._dynamo.reset()
+        options = {"sdgp.targets": "conv,linear", "sdgp.inner": inner}
+        loss = torch.compile(model, backend="sdgp", options=options)(x).square().sum()
+        results.append(torch.autograd.grad(loss, [*model.parameters()]))
+    torch.testing.assert_close(*results)
