@@ -15,12 +15,12 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 
 from .config import SDGPConfig
 from .graph_pass import PruneInputGrads
-from .inspection.capture import noting_cache_hits
+from .inductor import DENSE_HALF_FIRST
 from .passes.module_names import module_roots
 
 
 class InvalidOption(ValueError, ShortenTraceback):
-    """A ValueError that Dynamo (checked on torch 2.11, 2.13 and 2.15) passes on as it is.
+    """A ValueError that Dynamo passes on as it is.
 
     Any exception of a backend but a ShortenTraceback reaches the user as a
     BackendCompilerFailed, which is no ValueError.
@@ -39,13 +39,16 @@ def sdgp(
     name: str | None = None,
     monitor: str | None = None,
 ) -> Callable[..., Any]:
-    """The backend: what `torch.compile(model, backend="sdgp", mode=..., options=...)` calls.
+    """Compile gm: what `torch.compile(model, backend="sdgp", mode=..., options=...)` calls.
 
-    options: "sdgp." keys as in `SDGPConfig`, other keys for Inductor.
-    mode, name: Inductor's, as with `backend="inductor"`.
-    monitor: of `PruneInputGrads`, set by `sdgp_fx.monitor`.
-    Raises ValueError for an option of ours that is unknown or has a bad value, before anything
-    is compiled; Inductor raises its own errors for its options.
+    Args:
+        options: "sdgp." keys as in `SDGPConfig`, other keys for Inductor.
+        mode, name: Inductor's, as with `backend="inductor"`.
+        monitor: As for `PruneInputGrads`, set by `sdgp_fx.monitor`.
+
+    Raises:
+        ValueError: An option of ours is unknown or has a bad value. Raised before anything is
+            compiled; Inductor raises its own errors for its options.
     """
     try:
         config, inductor_options = SDGPConfig.from_options(options)
@@ -55,44 +58,55 @@ def sdgp(
         raise InvalidOption(
             f"sdgp.structure: expected 'element' with a monitor, got {config.structure!r}"
         )
-    rewrite = PruneInputGrads(config, roots=module_roots(gm), monitor=monitor)
-    if config.inner == "inductor":
-        return _inductor(gm, example_inputs, rewrite, mode, inductor_options, name)
+    is_inductor = config.inner == "inductor"
+    graph_pass = PruneInputGrads(
+        config,
+        before=_take_users_passes(inductor_options) if is_inductor else (),
+        roots=module_roots(gm),
+        monitor=monitor,
+        dense_half_first=DENSE_HALF_FIRST,
+    )
+    if is_inductor:
+        return _inductor(gm, example_inputs, graph_pass, mode, inductor_options, name)
     ignored = [f"mode={mode!r}"] if mode else []
     ignored += [f"{key}={value!r}" for key, value in inductor_options.items()]
     if ignored:
         warnings.warn(f"sdgp.inner='aot_eager' ignores {', '.join(ignored)}", stacklevel=2)
-    return aot_eager(rewrite)(gm, example_inputs)
+    return aot_eager(graph_pass)(gm, example_inputs)
+
+
+def _take_users_passes(options: dict[str, Any]) -> tuple[Callable[[fx.Graph], Any], ...]:
+    """Take out of Inductor's options, or of its config, the passes that the user has put there."""
+    import torch._inductor.config as inductor_config
+
+    passes = options.pop("joint_custom_pre_pass", inductor_config.joint_custom_pre_pass) or ()
+    return tuple(passes) if isinstance(passes, (list, tuple)) else (passes,)
 
 
 def _inductor(
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],
-    rewrite: PruneInputGrads,
+    graph_pass: PruneInputGrads,
     mode: str | None,
     options: dict[str, Any],
     name: str | None,
 ) -> Callable[..., Any]:
-    import torch._inductor.config as inductor_config
-
     from .inductor import lowering  # noqa: F401  (Importing it registers it.)
 
-    before = options.pop("joint_custom_pre_pass", inductor_config.joint_custom_pre_pass) or ()
-    rewrite.before = tuple(before) if isinstance(before, (list, tuple)) else (before,)
-    options["joint_custom_pre_pass"] = rewrite
-    # The private class behind backend="inductor" (checked on torch 2.11, 2.13 and 2.15), so that
-    # modes, option names, their types and errors are Inductor's own. torch 2.15 has the name.
+    options = {**options, "joint_custom_pre_pass": graph_pass}
+    # The private class behind backend="inductor", so that modes, option names, their types and
+    # errors are Inductor's own. torch 2.15 has the name.
     named = {} if name is None else {"name": name}
     compile_graph = torch._TorchCompileInductorWrapper(mode, options, None, **named)
-    with noting_cache_hits():
+    with graph_pass.noting_cache_hit():
         return compile_graph(gm, example_inputs)
 
 
 def aot_eager(rewrite: Callable[[fx.Graph], Any]) -> Callable[..., Any]:
-    """A backend: AOTAutograd as the stock "aot_eager" sets it up, and rewrite in between.
+    """Return a backend: AOTAutograd as the stock "aot_eager" sets it up, and rewrite in between.
 
-    rewrite: gets every joint graph before its split, and every inference graph, to change it.
-    The parts are torch's own but private (checked on torch 2.11, 2.13 and 2.15).
+    Args:
+        rewrite: Gets every joint graph before its split, and every inference graph, to change it.
     """
 
     def partition(joint: fx.GraphModule, inputs: Any, **kwargs: Any) -> Any:

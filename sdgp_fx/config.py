@@ -1,4 +1,4 @@
-"""The settings of the pass, checked, from a backend's options and from the environment."""
+"""Settings of the pass, checked, from a backend's options and from the environment."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from typing import Any
 
 PRUNING_FUNCTIONS = ("random", "magnitude", "rescaled_magnitude", "mvue")
 RESCALE_SCOPES = ("group", "feature_map", "channel")
-STRUCTURES = ("element", "channel", "channel_always")
-TARGETS = ("conv", "linear", "conv,linear")
+STRUCTURES = ("element", "channel")
+LAYERS = ("all", "profitable")
+TARGETS = ("conv", "linear")
 INNER_COMPILERS = ("inductor", "aot_eager")
 _CHOICES = {
     "prune": PRUNING_FUNCTIONS,
     "rescale": RESCALE_SCOPES,
     "structure": STRUCTURES,
-    "targets": TARGETS,
+    "layers": LAYERS,
     "inner": INNER_COMPILERS,
 }
 MAX_M = 32
@@ -26,9 +27,13 @@ _PREFIX = "sdgp."
 
 
 def check_pattern(n: Any, m: Any, prefix: str = "") -> None:
-    """Raise ValueError unless n of m is a pattern: 1 <= n <= m <= 32, m a power of two.
+    """Check that 1 <= n <= m <= 32 and that m is a power of two.
 
-    prefix: written before the option's name in the message.
+    Args:
+        prefix: Written before the option's name in the message.
+
+    Raises:
+        ValueError: They are not.
     """
     for name, value in (("n", n), ("m", m)):
         if not isinstance(value, int) or isinstance(value, bool):
@@ -40,7 +45,14 @@ def check_pattern(n: Any, m: Any, prefix: str = "") -> None:
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    """Raise ValueError unless value is one of choices. name: of the option, for the message."""
+    """Check that value is one of choices.
+
+    Args:
+        name: The option's name, for the message.
+
+    Raises:
+        ValueError: It is not.
+    """
     if not isinstance(value, str) or value not in choices:
         listed = ", ".join(map(repr, choices))
         raise ValueError(f"{name}: expected one of {listed}, got {_shown(value)}")
@@ -48,43 +60,53 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SDGPConfig:
-    """What is pruned and how (McDanel et al. 2022, section III-B).
+    """What is pruned, and how (McDanel et al. 2022, section III-B).
 
-    n, m: of every m consecutive output channels n keep a nonzero gradient;
-        1 <= n <= m <= 32, m a power of two. n = m prunes nothing.
-    prune: "random", "magnitude", "rescaled_magnitude" or "mvue".
-    rescale: "group", "feature_map" or "channel": over what "rescaled_magnitude" keeps the
-        L1 norm. The other functions don't read it.
-    structure: "element", as in the paper, "channel" or "channel_always": whole channels of the
-        batch, by their L1 norm, in layers where the smaller product pays, or in all. Of whole
-        channels the only scope is "group".
-    targets: "conv", "linear" or "conv,linear", the kinds of layers.
-    include, exclude: glob patterns over module names as `named_modules()` gives them, one
-        string with commas or a sequence of strings. A layer is pruned if a pattern of
-        include matches its name and none of exclude does.
-    inner: "inductor" or "aot_eager", the compiler that gets the rewritten graph.
+    Attributes:
+        n, m: Of every m consecutive output channels n keep a nonzero gradient;
+            1 <= n <= m <= 32, m a power of two. n = m prunes nothing.
+        prune: "random", "magnitude", "rescaled_magnitude" or "mvue". By default
+            "rescaled_magnitude", with structure="channel" "magnitude".
+        rescale: "group", "feature_map" or "channel": over what "rescaled_magnitude" keeps the
+            L1 norm. The other functions don't read it.
+        structure: "element", as in the paper, or "channel": whole channels of the batch, by their
+            L1 norm, with "group" as their only scope.
+        layers: "all" that can be pruned, or "profitable": those in which pruning is expected to
+            save time, by a rule on shapes and device.
+        targets: The kinds of layers, "conv", "linear" or both, one string with commas or a
+            sequence of strings.
+        include, exclude: Glob patterns over module names as `named_modules()` gives them, one
+            string with commas or a sequence of strings. A layer is pruned if a pattern of
+            include matches its name and none of exclude does.
+        inner: "inductor" or "aot_eager", the compiler that gets the rewritten graph.
 
-    Raises ValueError, naming the option, for any other value or type.
+    Raises:
+        ValueError: An option has another value or type; the message names it.
     """
 
     n: int = 2
     m: int = 4
-    prune: str = "rescaled_magnitude"
+    prune: str = None  # type: ignore[assignment]  # The structure's default.
     rescale: str = "group"
     structure: str = "element"
-    targets: str = "conv"
+    layers: str = "all"
+    targets: str | Iterable[str] = ("conv",)
     include: str | Iterable[str] = ("*",)
     exclude: str | Iterable[str] = ()
     inner: str = "inductor"
 
     def __post_init__(self) -> None:
         check_pattern(self.n, self.m, _PREFIX)
+        if self.prune is None:
+            default = "magnitude" if self.structure == "channel" else "rescaled_magnitude"
+            object.__setattr__(self, "prune", default)
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
             check_choice(f"{_PREFIX}{name}", value, choices)
             # A plain str, as it is written into code: numpy's has another repr.
             object.__setattr__(self, name, choices[choices.index(value)])
-        if self.structure != "element" and self.rescale != "group":
+        object.__setattr__(self, "targets", _targets(self.targets))
+        if self.structure == "channel" and self.rescale != "group":
             raise ValueError(
                 f"{_PREFIX}rescale: expected 'group' with {_PREFIX}structure = "
                 f"{self.structure!r}, got {self.rescale!r}"
@@ -93,7 +115,7 @@ class SDGPConfig:
             object.__setattr__(self, name, _globs(f"{_PREFIX}{name}", getattr(self, name)))
 
     def selects(self, module_name: str) -> bool:
-        """Whether include and exclude let the module of this name be pruned."""
+        """Return whether include and exclude let the module of this name be pruned."""
         return any(fnmatchcase(module_name, glob) for glob in self.include) and not any(
             fnmatchcase(module_name, glob) for glob in self.exclude
         )
@@ -106,11 +128,15 @@ class SDGPConfig:
     ) -> tuple[SDGPConfig, dict[str, Any]]:
         """Read `torch.compile`'s options, and the environment where they are silent.
 
-        options: "sdgp.n" and so on for the fields of this class, other keys for Inductor.
-        environ: os.environ by default; SDGP_N and so on. An empty variable counts as unset.
+        Args:
+            options: "sdgp.n" and so on for the fields of this class, other keys for Inductor.
+            environ: os.environ by default; SDGP_N and so on. An empty variable counts as unset.
 
-        Returns the config and the options that are not ours.
-        Raises ValueError for an unknown "sdgp." key or a value that the class refuses.
+        Returns:
+            The config, and the options that are not ours.
+
+        Raises:
+            ValueError: There is an unknown "sdgp." key, or a value that the class refuses.
         """
         environ = os.environ if environ is None else environ
         fields = [field.name for field in dataclasses.fields(cls)]
@@ -146,18 +172,35 @@ def _integer(variable: str, text: str) -> int:
 
 
 def _globs(name: str, value: Any) -> tuple[str, ...]:
-    if isinstance(value, str):
-        value = [part.strip() for part in value.split(",") if part.strip()]
-    if not isinstance(value, (list, tuple)) or not all(isinstance(part, str) for part in value):
+    parts = _split(value)
+    if parts is None:
         raise ValueError(
             f"{name}: expected glob patterns, one string with commas or a list of strings, "
             f"got {_shown(value)}"
         )
+    return parts
+
+
+def _targets(value: Any) -> tuple[str, ...]:
+    """Return the kinds of layers in the order of TARGETS."""
+    parts = _split(value)
+    if not parts or not set(parts) <= set(TARGETS):
+        choices = ", ".join(map(repr, (*TARGETS, ",".join(TARGETS))))
+        raise ValueError(f"{_PREFIX}targets: expected one of {choices}, got {_shown(value)}")
+    return tuple(kind for kind in TARGETS if kind in parts)
+
+
+def _split(value: Any) -> tuple[str, ...] | None:
+    """Return the parts of a string with commas, or of a list of strings; None for anything else."""
+    if isinstance(value, str):
+        value = [part.strip() for part in value.split(",") if part.strip()]
+    if not isinstance(value, (list, tuple)) or not all(isinstance(part, str) for part in value):
+        return None
     return tuple(value)
 
 
 def _shown(value: Any) -> str:
-    """repr(value), or the default one where that fails, as it does for an int of 5000 digits."""
+    """Return repr(value), or the default one where that fails, as for an int of 5000 digits."""
     try:
         return repr(value)
     except Exception:

@@ -10,30 +10,26 @@ Libraries run the two halves of convolution_backward one after the other anyway.
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 import math
 import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
-from torch import fx
+from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from .graph import add_call
-from .layers import Layer, is_pruned
+from ..kernels.channels import take_channels
+from .graph import add_call, is_channels_last
+from .layers import Layer
+from .marks import DENSE_HALF, is_pruned
 
 CONVOLUTION_BACKWARD = torch.ops.aten.convolution_backward.default
 
-# Device types where the dense half comes ahead of the prune, whose lowering for C++ waits for it.
-# That for a GPU has to be the gradient's first reader.
-DENSE_HALF_FIRST = ("cpu",)
-
-# In a node's meta: it keeps the dense gradient of a layer, whose input gradient is another node.
-_DENSE_HALF = "sdgp_dense_half"
-
 
 class _Arguments(NamedTuple):
-    """Of aten.convolution_backward."""
+    """Arguments of aten.convolution_backward."""
 
     grad_output: fx.Node
     input: fx.Node
@@ -48,50 +44,108 @@ class _Arguments(NamedTuple):
     output_mask: Sequence[bool]  # input, weight, bias
 
 
-def find_convolutions(graph: fx.Graph) -> list[Layer]:
-    """All convolution_backward nodes of a joint graph of ATen operators with `meta["val"]`."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class ConvolutionLayer(Layer):
+    """A convolution of any number of dimensions, transposed or not.
+
+    Shapes: `grad_output` (N, C_out, *spatial), `input` (N, C_in, *spatial), `weight`
+    (C_out, C_in / groups, *kernel), or (C_in, C_out / groups, *kernel) if transposed.
+    """
+
+    kind = "conv"
+
+    @property
+    def _arguments(self) -> _Arguments:
+        return _Arguments(*cast(Any, self.node.args))
+
+    @property
+    def channel_dim(self) -> int:
+        return 1
+
+    @property
+    def macs(self) -> Any:
+        nodes = (self.input, self.weight, self.grad_output)
+        return convolution_macs(*(node.meta["val"].shape for node in nodes), self.transposed)
+
+    @property
+    def macs_per_grad_value(self) -> Any:
+        macs = self.weight.meta["val"].numel() // self.channels
+        return macs // math.prod(self._arguments.stride) if self.transposed else macs
+
+    @property
+    def is_depthwise(self) -> bool:
+        return statically_known_true(self.channels == self.groups)
+
+    @property
+    def can_scale_outputs(self) -> bool:
+        return self.groups == 1 or not self.transposed
+
+    @property
+    def dense_half(self) -> fx.Node | None:
+        return self.node if DENSE_HALF in self.node.meta else None
+
+    def replace_operands(self, grad_output: fx.Node, weight: fx.Node) -> None:
+        """Split the node: its input gradient becomes a node that reads the operands given."""
+        values = self.node.meta["val"]
+        mask = [True, False, False]
+        operands = self._arguments._replace(
+            grad_output=grad_output, weight=weight, output_mask=mask
+        )
+        half = add_call(CONVOLUTION_BACKWARD, tuple(operands), (values[0], None, None), self.node)
+        for input_grad in _input_grads(self.node):
+            input_grad.update_arg(0, half)
+        self._drop_input_grad()
+
+    def replace_input_grad(self, input_grad: fx.Node) -> None:
+        for node in _input_grads(self.node):
+            node.replace_all_uses_with(input_grad)
+        self._drop_input_grad()
+
+    def _drop_input_grad(self) -> None:
+        arguments = self._arguments
+        mask = [False, *arguments.output_mask[1:]]
+        self.node.args = tuple(arguments._replace(output_mask=mask))
+        self.node.meta.update({"val": (None, *self.node.meta["val"][1:]), DENSE_HALF: True})
+
+    def take_outputs(self, weight: Tensor, index: Tensor) -> Tensor:
+        if self.can_scale_outputs:
+            dim = 1 if self.transposed else 0
+            return take_channels(weight, index, dim, is_channels_last(self.weight))
+        # (groups, C_in / groups, C_out / groups, *kernel), and C_out as one dimension.
+        by_group = weight.unflatten(0, (self.groups, -1)).transpose(1, 2)
+        taken = take_channels(by_group.flatten(0, 1), index, 0, False)
+        return taken.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1)
+
+
+def find_convolutions(graph: fx.Graph) -> list[ConvolutionLayer]:
+    """Find the convolutions of a joint graph of ATen operators with `meta["val"]`."""
     layers = []
     for node in graph.find_nodes(op="call_function", target=CONVOLUTION_BACKWARD):
-        if _DENSE_HALF in node.meta:
+        if DENSE_HALF in node.meta:
             continue
         args = _Arguments(*cast(Any, node.args))
         is_half = list(args.output_mask) == [True, False, False]
         layers.append(
-            Layer(
-                kind="conv",
+            ConvolutionLayer(
                 node=node,
                 grad_output=args.grad_output,
                 weight=args.weight,
+                input=args.input,
                 groups=args.groups,
                 transposed=args.transposed,
-                input=args.input,
-                uses=_uses(args),
                 has_input_grad=args.output_mask[0] and bool(_input_grads(node)),
                 has_weight_grad=args.output_mask[1],
-                is_pruned=is_pruned(args.grad_output) and is_half,
-                feed=functools.partial(_split, node, args),
+                is_pruned=is_half and is_pruned(args.grad_output),
             )
         )
     return layers
 
 
-def _split(node: fx.Node, args: _Arguments, grad_output: fx.Node, weight: fx.Node) -> None:
-    """Compute the input gradient apart, from other operands; the rest stays as it was."""
-    values = node.meta["val"]
-    mask = [True, False, False]
-    operands = args._replace(grad_output=grad_output, weight=weight, output_mask=mask)
-    half = add_call(CONVOLUTION_BACKWARD, tuple(operands), (values[0], None, None), node)
-    for input_grad in _input_grads(node):
-        input_grad.update_arg(0, half)
-    node.args = tuple(args._replace(output_mask=[False, *args.output_mask[1:]]))
-    node.meta.update({"val": (None, *values[1:]), _DENSE_HALF: True})
-    if values[0].device.type in DENSE_HALF_FIRST:
-        grad_output.prepend(node)
-
-
-def _uses(args: _Arguments) -> Any:
-    uses = args.weight.meta["val"].numel() // args.grad_output.meta["val"].shape[1]
-    return uses // math.prod(args.stride) if args.transposed else uses
+def convolution_macs(
+    input: Sequence[Any], weight: Sequence[Any], output: Sequence[Any], transposed: bool
+) -> Any:
+    """Count the multiply-adds of a convolution from its shapes, those with padding included."""
+    return math.prod(input if transposed else output) * math.prod(weight[1:])
 
 
 def _input_grads(node: fx.Node) -> list[fx.Node]:

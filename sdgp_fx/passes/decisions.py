@@ -1,16 +1,17 @@
-"""What becomes of a layer: pruned, or dense and why."""
+"""Decide which layers are pruned, and say why the others stay dense."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import cast
+from typing import Any, cast
 
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..config import SDGPConfig
 from ..kernels import op
-from . import channels
-from .layers import DECISION, Layer, plain_sizes
+from .layers import Layer, plain_sizes
+from .marks import DECISION, find_pruned
+from .profit import is_profitable
 
 NO_INPUT_GRADIENT = "no input gradient"
 KEEPS_ALL = "n = m keeps every value"
@@ -19,55 +20,72 @@ DTYPE = "dtype not supported"
 DEPTHWISE = "depthwise, one output channel a group"
 NOT_A_MULTIPLE = "C_out per group is not a multiple of m"
 NOT_STATIC = "number of channels not known when compiled"
-DOES_NOT_PAY = "pruning whole channels would not pay"
+NOT_PROFITABLE = {
+    "element": "pruned elements are multiplied densely, which saves no time",
+    "channel": "pruning whole channels would not pay",
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Decision:
-    """What became of one layer.
+    """What becomes of one layer.
 
-    module: the layer's name in `named_modules()`; that of the module around it for a layer
-        without a module of its own, "" for the compiled module itself. A module that is
-        registered under several names may go by any of them.
-    kind: "conv" or "linear".
-    grad_output: shape (N, C_out, *spatial), of a linear layer (rows, out_features), or
-        (batch, rows, out_features); a symbolic size is its symbol's name.
-    weight: shape (C_out, C_in / groups, *kernel), or (C_in, C_out / groups, *kernel) if
-        transposed. As it is multiplied with: that of a linear layer may be either.
-    reason: why the layer stays dense; "" if it is pruned.
+    Attributes:
+        module: The layer's name in `named_modules()`; that of the module around it for a layer
+            without a module of its own, "" for the compiled module itself. A module that is
+            registered under several names may go by any of them.
+        kind: "conv" or "linear".
+        grad_output_shape: (N, C_out, *spatial), of a linear layer (rows, out_features) or
+            (batch, rows, out_features); a symbolic size is its symbol's name.
+        weight_shape: (C_out, C_in / groups, *kernel), or (C_in, C_out / groups, *kernel) if
+            transposed. A linear layer's is the one that is multiplied with, which may be either.
+        reason: Why the layer stays dense; "" if it is pruned.
+        layer: The layer in the graph; None once the graph is gone.
     """
 
     module: str
     kind: str
-    grad_output: tuple[int | str, ...]
-    weight: tuple[int | str, ...]
+    grad_output_shape: tuple[int | str, ...]
+    weight_shape: tuple[int | str, ...]
     groups: int
     transposed: bool
     pruned: bool
     reason: str
+    layer: Layer | None = dataclasses.field(default=None, repr=False, compare=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all fields but the layer, for JSON."""
+        names = [field.name for field in dataclasses.fields(self) if field.name != "layer"]
+        return {name: getattr(self, name) for name in names}
 
 
-def _decide(layer: Layer, module: str, config: SDGPConfig) -> Decision:
-    if DECISION in layer.grad_output.meta:
-        return cast(Decision, layer.grad_output.meta[DECISION])
-    reason = _reason_dense(layer, module, config)
-    weight = plain_sizes(layer.weight.meta["val"].shape)
+def decide(layer: Layer, module: str, config: SDGPConfig) -> Decision:
+    """Decide what becomes of layer; of one that is pruned already, return what was decided then.
+
+    Args:
+        module: The layer's name.
+    """
+    pruned = find_pruned(layer.grad_output)
+    if pruned is not None and DECISION in pruned.meta:
+        return dataclasses.replace(cast(Decision, pruned.meta[DECISION]), layer=layer)
+    reason = "" if layer.is_pruned else why_not_possible(layer, module, config)
+    if not reason and not layer.is_pruned and config.layers == "profitable":
+        reason = "" if is_profitable(layer, config) else NOT_PROFITABLE[config.structure]
     return Decision(
         module=module,
         kind=layer.kind,
-        grad_output=plain_sizes(layer.grad_output.meta["val"].shape),
-        weight=weight[-2:] if layer.kind == "linear" else weight,
+        grad_output_shape=plain_sizes(layer.grad_output.meta["val"].shape),
+        weight_shape=plain_sizes(layer.weight_shape),
         groups=layer.groups,
         transposed=layer.transposed,
         pruned=not reason,
         reason=reason,
+        layer=layer,
     )
 
 
-def _reason_dense(layer: Layer, module: str, config: SDGPConfig) -> str:
-    """Why this layer can't be pruned; "" if it can, or is."""
-    if layer.is_pruned:
-        return ""
+def why_not_possible(layer: Layer, module: str, config: SDGPConfig) -> str:
+    """Return why the layer cannot, or must not, be pruned; "" if it can."""
     grad_output = layer.grad_output.meta["val"]
     if not layer.has_input_grad:
         return NO_INPUT_GRADIENT
@@ -77,12 +95,10 @@ def _reason_dense(layer: Layer, module: str, config: SDGPConfig) -> str:
         return EXCLUDED
     if not op.supports_dtype(grad_output.dtype, grad_output.device):
         return DTYPE
-    if layer.kind == "conv" and statically_known_true(layer.channels == layer.groups):
+    if layer.is_depthwise:
         return DEPTHWISE
     if not statically_known_true(layer.channels % (layer.groups * config.m) == 0):
         return NOT_A_MULTIPLE
-    if config.structure != "element" and not isinstance(layer.channels, int):
+    if config.structure == "channel" and not isinstance(layer.channels, int):
         return NOT_STATIC
-    if config.structure == "channel" and not channels.pays(layer, config):
-        return DOES_NOT_PAY
     return ""

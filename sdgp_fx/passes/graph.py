@@ -1,4 +1,4 @@
-"""How nodes are added to a joint graph."""
+"""Add nodes to a joint graph."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ from typing import Any
 from torch import fx
 from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 
 def add_call(
     target: Any, args: tuple[Any, ...], value: Any, source: fx.Node, **kwargs: Any
 ) -> fx.Node:
-    """A call before source, with its meta (module, stack trace, side of the partition).
+    """Insert a call before source, with source's meta (module, stack trace, side of the partition).
 
-    value: what the call returns, as a fake tensor.
+    Args:
+        value: What the call returns, as a fake tensor.
     """
     with source.graph.inserting_before(source):
         node = source.graph.call_function(target, args, kwargs)
@@ -25,19 +27,21 @@ def add_call(
 
 
 def compute(target: Any, args: tuple[Any, ...], source: fx.Node, **kwargs: Any) -> fx.Node:
-    """add_call, with the value that target computes of its arguments' values."""
+    """Insert a call as `add_call` does, with the value that target computes from fake tensors."""
     value = target(*fx.node.map_arg(args, lambda operand: operand.meta["val"]), **kwargs)
     return add_call(target, args, value, source, **kwargs)
 
 
 def trace(function: Callable[..., Any], operands: tuple[fx.Node, ...], source: fx.Node) -> Any:
-    """Put the operators of function, of the values of operands, before source; return its results.
+    """Trace function over the values of operands, and insert its operators before source.
 
     The values are fake tensors of one mode. Operators are decomposed as Inductor wants them.
+
+    Returns:
+        The nodes of what function returns, in the same structure.
     """
     values = [operand.meta["val"] for operand in operands]
     with values[0].fake_mode:
-        # The table is private; checked on torch 2.11, 2.14 and 2.15.
         traced = make_fx(function, select_decomp_table())(*values).graph
     known = dict(zip(traced.find_nodes(op="placeholder"), operands, strict=True))
     for node in traced.nodes:
@@ -46,3 +50,9 @@ def trace(function: Callable[..., Any], operands: tuple[fx.Node, ...], source: f
         args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
         known[node] = add_call(node.target, args, node.meta["val"], source, **kwargs)
     return fx.map_arg(traced.output_node().args[0], known.__getitem__)
+
+
+def is_channels_last(node: fx.Node) -> bool:
+    """Whether dimension 1 of a tensor with spatial dimensions is the one of stride 1."""
+    value = node.meta["val"]
+    return value.dim() > 2 and statically_known_true(value.stride(1) == 1)

@@ -1,49 +1,82 @@
-"""A layer as it stands in a joint graph."""
+"""What every kind of layer can do, as it stands in a joint graph."""
 
 from __future__ import annotations
 
+import abc
 import dataclasses
-import math
-from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, ClassVar
 
-from torch import fx
-
-from ..kernels.op import PRUNE_NM
-from .module_names import module_of
-
-# In the meta of a grad_output of fewer channels: what has been decided of the layer.
-DECISION = "sdgp_decision"
+from torch import Tensor, fx
 
 
-@dataclasses.dataclass(frozen=True)
-class Layer:
-    """The product that computes a layer's input gradient from its grad_output and its weight.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Layer(abc.ABC):
+    """The product that computes a layer's input gradient, and what it reads.
 
-    kind: "conv" or "linear".
-    node: of the backward; it stands for the layer, and bears its name.
-    grad_output: shape (N, C_out, *spatial); of a linear layer (..., C_out).
-    weight: its output channels lie in dimension 0; if transposed, in dimension 1.
-    input: of the forward, shape (N, C_in, *spatial); of a linear layer (..., C_in).
-    uses: of each value of grad_output, in the product, on average; an int or symbolic.
-    has_input_grad: whether the product is computed and used.
-    has_weight_grad: whether the weight's gradient is computed, as the graph was before a rewrite.
-    is_pruned: whether its grad_output is pruned already.
-    feed: gives the product another grad_output and weight, and leaves everything else as it is.
+    A kind of layer is a subclass in a module of its own, with a function that finds its layers in
+    a joint graph.
+
+    Attributes:
+        kind: Its name in `sdgp.targets`.
+        node: The backward node that stands for the layer and carries its module's name: it
+            computes the input gradient or, where there is none, the weight gradient.
+        grad_output: Gradient of the layer's output; output channels are dimension `channel_dim`.
+        weight: The weight as the product reads it: output channels are dimension 0, or
+            dimension 1 if `transposed`.
+        input: Input of the forward.
+        groups: Groups of channels that the layer convolves separately.
+        has_input_grad: Whether the input gradient is computed and used.
+        has_weight_grad: Whether the weight gradient is computed.
+        is_pruned: Whether an earlier run of the pass has pruned `grad_output`.
     """
 
-    kind: str
+    kind: ClassVar[str]
+
     node: fx.Node
     grad_output: fx.Node
     weight: fx.Node
+    input: fx.Node
     groups: int
     transposed: bool
-    input: fx.Node
-    uses: Any
     has_input_grad: bool
     has_weight_grad: bool
     is_pruned: bool
-    feed: Callable[[fx.Node, fx.Node], None]
+
+    @property
+    @abc.abstractmethod
+    def channel_dim(self) -> int:
+        """Dimension of the output channels in `grad_output`."""
+
+    @property
+    @abc.abstractmethod
+    def macs(self) -> Any:
+        """Multiply-adds of the forward, an int or symbolic; each gradient takes as many.
+
+        Multiplications by the zeros of a padding count.
+        """
+
+    @property
+    @abc.abstractmethod
+    def macs_per_grad_value(self) -> Any:
+        """Multiply-adds of the input gradient per value of `grad_output`, an int or symbolic."""
+
+    @abc.abstractmethod
+    def replace_operands(self, grad_output: fx.Node, weight: fx.Node) -> None:
+        """Compute the input gradient from other operands; leave everything else as it is."""
+
+    @abc.abstractmethod
+    def replace_input_grad(self, input_grad: fx.Node) -> None:
+        """Give another node to everything that reads the input gradient."""
+
+    @abc.abstractmethod
+    def take_outputs(self, weight: Tensor, index: Tensor) -> Tensor:
+        """Select output channels of the weight.
+
+        Args:
+            weight: The value of `weight`.
+            index: int64 (kept,), output channels, equally many of each group.
+        """
 
     @property
     def channels(self) -> Any:
@@ -51,43 +84,39 @@ class Layer:
         return self.grad_output.meta["val"].shape[self.channel_dim]
 
     @property
-    def channel_dim(self) -> int:
-        """Of grad_output."""
-        return 1 if self.kind == "conv" else self.grad_output.meta["val"].dim() - 1
+    def weight_shape(self) -> tuple[Any, ...]:
+        """Shape of the weight as the product reads it."""
+        return tuple(self.weight.meta["val"].shape)
 
     @property
-    def multiply_adds(self) -> Any:
-        """Of the forward's product, an int or symbolic; that of each gradient has as many."""
-        nodes = (self.input, self.weight, self.grad_output)
-        return multiply_adds(
-            self.kind, self.transposed, *(node.meta["val"].shape for node in nodes)
-        )
+    def parameter_shape(self) -> tuple[Any, ...]:
+        """Shape of the weight as its module holds it."""
+        return self.weight_shape
 
-    def module(self, roots: Collection[str] = ()) -> str:
-        """The layer's name. roots: of the graph's modules, as for `module_name`."""
-        return module_of(self.node, roots)
+    @property
+    def is_depthwise(self) -> bool:
+        """Whether each group has a single output channel."""
+        return False
 
+    @property
+    def can_scale_outputs(self) -> bool:
+        """Whether output channels are one dimension of `weight`, to be scaled by a vector."""
+        return True
 
-def multiply_adds(
-    kind: str,
-    transposed: bool,
-    input: Sequence[Any],
-    weight: Sequence[Any],
-    output: Sequence[Any],
-) -> Any:
-    """Of a layer's forward, from shapes as in `Layer`, output's that of grad_output.
+    @property
+    def dense_half(self) -> fx.Node | None:
+        """The node that `replace_operands` has left with the dense gradient, if it split one."""
+        return None
 
-    Those with the zeros of a padding count.
-    """
-    if kind == "linear":
-        return math.prod(input) * output[-1]
-    return math.prod(input if transposed else output) * math.prod(weight[1:])
+    def channels_second(self) -> fx.Node:
+        """Return `grad_output` as (N, C_out, *positions), N and positions those of the output."""
+        return self.grad_output
+
+    def as_grad_output(self, gradient: fx.Node) -> fx.Node:
+        """Return a gradient shaped as `channels_second` in the layout of `grad_output`."""
+        return gradient
 
 
 def plain_sizes(shape: Iterable[Any]) -> tuple[int | str, ...]:
-    """A shape for people and JSON: a symbolic size is its symbol's name."""
+    """Return a shape for people and JSON: a symbolic size is its symbol's name."""
     return tuple(size if isinstance(size, int) else str(size) for size in shape)
-
-
-def is_pruned(grad_output: fx.Node) -> bool:
-    return grad_output.target is PRUNE_NM or DECISION in grad_output.meta

@@ -23,37 +23,112 @@ the function that Dynamo traced it from.
 
 from __future__ import annotations
 
-import functools
+import dataclasses
+import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch._functorch import eager_transforms
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from ..kernels.channels import take_channels
 from .graph import compute
-from .layers import Layer, is_pruned
+from .layers import Layer
+from .marks import VIEWS, is_pruned
 
 aten = torch.ops.aten
 MM = aten.mm.default
 BMM = aten.bmm.default
 
-_VIEWS = (aten.view.default, aten._unsafe_view.default)
-
-# Dynamo (checked on torch 2.11, 2.14 and 2.15) notes in a node's meta the function that it comes
-# from, or the module of torch.nn that calls it; for the gradients of torch.func.grad, the
-# transforms' private one.
+# Dynamo notes in a node's meta the function that it comes from, or the module of torch.nn that
+# calls it; for the gradients of torch.func.grad, the transforms' private one.
 _FUNCTIONS = (nn.functional.linear, torch._C._nn.linear)
 _MODULES = (nn.Linear, nn.MultiheadAttention)
 
 
-def find_linears(graph: fx.Graph) -> list[Layer]:
-    """All linear layers with a gradient in a joint graph of ATen operators with `meta["val"]`.
+@dataclasses.dataclass(frozen=True, eq=False)
+class LinearLayer(Layer):
+    """A linear layer: one product of matrices, or a batch of products with one weight.
 
-    The grad_output of a layer has shape (rows, out_features), of a batched product
-    (batch, rows, out_features).
+    Shapes: `grad_output` (rows, C_out), `input` (rows, C_in), `weight` (C_out, C_in), or
+    (C_in, C_out) if transposed; all three with a batch dimension ahead for a batched product.
+    """
+
+    kind = "linear"
+
+    @property
+    def _is_batched(self) -> bool:
+        return self.node.target is BMM
+
+    @property
+    def channel_dim(self) -> int:
+        return 2 if self._is_batched else 1
+
+    @property
+    def macs(self) -> Any:
+        return linear_macs(self.input.meta["val"].shape, self.grad_output.meta["val"].shape)
+
+    @property
+    def macs_per_grad_value(self) -> Any:
+        return self.weight.meta["val"].shape[0 if self.transposed else -1]
+
+    @property
+    def weight_shape(self) -> tuple[Any, ...]:
+        return super().weight_shape[-2:]
+
+    @property
+    def parameter_shape(self) -> tuple[Any, ...]:
+        return self.channels, self.input.meta["val"].shape[-1]
+
+    @property
+    def can_scale_outputs(self) -> bool:
+        return not self._is_batched
+
+    def replace_operands(self, grad_output: fx.Node, weight: fx.Node) -> None:
+        if self.transposed:
+            rows_second = compute(aten.permute.default, (grad_output, [1, 0]), self.node)
+            self.node.args = (weight, rows_second)
+        else:
+            self.node.args = (grad_output, weight)
+
+    def replace_input_grad(self, input_grad: fx.Node) -> None:
+        self.node.replace_all_uses_with(input_grad)
+
+    def take_outputs(self, weight: Tensor, index: Tensor) -> Tensor:
+        if self._is_batched:
+            taken = take_channels(weight[0], index, 0, False)
+            return taken.expand(len(weight), -1, -1)
+        return take_channels(weight, index, 1 if self.transposed else 0, False)
+
+    def channels_second(self) -> fx.Node:
+        returned = _returned(self.grad_output)
+        dims = returned.meta["val"].dim()
+        if dims < 3:
+            return self.grad_output
+        order = [0, dims - 1, *range(1, dims - 1)]
+        return compute(aten.permute.default, (returned, order), self.node)
+
+    def as_grad_output(self, gradient: fx.Node) -> fx.Node:
+        dims, form = gradient.meta["val"].dim(), self.grad_output
+        result = compute(aten.permute.default, (gradient, [0, *range(2, dims), 1]), self.node)
+        if form is _returned(form):
+            return result
+        if not result.meta["val"].is_contiguous():
+            contiguous = {"memory_format": torch.contiguous_format}
+            result = compute(aten.clone.default, (result,), self.node, **contiguous)
+        return compute(aten.view.default, (result, form.args[1]), self.node)
+
+
+def linear_macs(input: Sequence[Any], output: Sequence[Any]) -> Any:
+    """Count the multiply-adds of a linear layer from the shapes (..., C_in) and (..., C_out)."""
+    return math.prod(input) * output[-1]
+
+
+def find_linears(graph: fx.Graph) -> list[LinearLayer]:
+    """Find the linear layers with a gradient in a joint graph of ATen operators with `meta["val"]`.
     """
     products = defaultdict(list)
     of_transforms = []
@@ -62,7 +137,7 @@ def find_linears(graph: fx.Graph) -> list[Layer]:
             products[node.meta.get("seq_nr")].append(node)
             if _source(node) is eager_transforms._autograd_grad:
                 of_transforms.append(node)
-    layers: dict[fx.Node, Layer] = {}
+    layers: dict[fx.Node, LinearLayer] = {}
     for target in (MM, aten.addmm.default, BMM):
         for forward in graph.find_nodes(op="call_function", target=target):
             weight = cast(fx.Node, forward.args[-1])
@@ -71,44 +146,16 @@ def find_linears(graph: fx.Graph) -> list[Layer]:
             # Of the backward: layers before the first that has one may share a sequence number.
             related = [n for n in products[forward.meta.get("seq_nr")] if not _is_linear(n)]
             candidates = (*related, *of_transforms)
-            found = {node: _input_grad(node, forward, candidates) for node in candidates}
-            input_grads = {node: layer for node, layer in found.items() if layer is not None}
-            layers |= input_grads or {node: _without_input_grad(node, forward) for node in related}
+            found = [_with_input_grad(node, forward, candidates) for node in candidates]
+            if not any(found):
+                found = [_with_weight_grad(node, forward) for node in related]
+            layers |= {layer.node: layer for layer in found if layer is not None}
     return list(layers.values())
 
 
-def is_batched(layer: Layer) -> bool:
-    return layer.node.target is BMM
-
-
-def features_second(layer: Layer) -> fx.Node | None:
-    """The grad_output of a layer as a view of shape (N, out_features, *positions).
-
-    N and positions are those of what the layer returns in the model. None if it has no positions.
-    """
-    returned = _returned(layer.grad_output)
-    dims = returned.meta["val"].dim()
-    if dims < 3:
-        return None
-    order = [0, dims - 1, *range(1, dims - 1)]
-    return compute(aten.permute.default, (returned, order), layer.node)
-
-
-def features_last(gradient: fx.Node, layer: Layer) -> fx.Node:
-    """A gradient of shape (N, out_features, *positions) in the form of the layer's grad_output."""
-    dims, form = gradient.meta["val"].dim(), layer.grad_output
-    result = compute(aten.permute.default, (gradient, [0, *range(2, dims), 1]), layer.node)
-    if form is _returned(form):
-        return result
-    if not result.meta["val"].is_contiguous():
-        memory_format = torch.contiguous_format
-        result = compute(aten.clone.default, (result,), layer.node, memory_format=memory_format)
-    return compute(aten.view.default, (result, form.args[1]), layer.node)
-
-
 def _returned(grad_output: fx.Node) -> fx.Node:
-    """The gradient of what the layer returns, if grad_output is a view of that; else itself."""
-    if grad_output.target not in _VIEWS:
+    """Return the gradient of the layer's output, if grad_output is a view of it; else grad_output."""
+    if grad_output.target not in VIEWS:
         return grad_output
     source = cast(fx.Node, grad_output.args[0])
     shape, features = source.meta["val"].shape, grad_output.meta["val"].shape[-1]
@@ -123,16 +170,19 @@ def _is_linear(forward: fx.Node) -> bool:
 
 
 def _source(forward: fx.Node) -> Any:
-    """The function that Dynamo traced a node of the forward from."""
+    """Return the function that Dynamo traced a forward node from."""
     stack = forward.meta.get("source_fn_stack")
     return stack[-1][1] if stack else None
 
 
-def _input_grad(node: fx.Node, forward: fx.Node, products: Iterable[fx.Node]) -> Layer | None:
-    """The layer whose input gradient node computes; None if it computes something else.
+def _with_input_grad(
+    node: fx.Node, forward: fx.Node, products: Iterable[fx.Node]
+) -> LinearLayer | None:
+    """Return the layer whose input gradient node computes; None if it computes something else.
 
-    forward: the layer's product, with the weight as (in_features, out_features).
-    products: among which the weight gradient is, if there is one.
+    Args:
+        forward: The layer's product, with the weight as (in_features, out_features).
+        products: Nodes among which the weight gradient is, if there is one.
     """
     left, right = cast(tuple[fx.Node, fx.Node], node.args)
     x, transposed_weight = cast(tuple[fx.Node, fx.Node], forward.args[-2:])
@@ -140,66 +190,61 @@ def _input_grad(node: fx.Node, forward: fx.Node, products: Iterable[fx.Node]) ->
         _untransposed, (transposed_weight, left, right)
     )
     # A weight that took factors is another node than the forward's.
-    if _is_pruned_view(left) or (base_right is base and odd_right != odd):
-        grad_output, weight, feed = left, right, _feed
+    if is_pruned(left) or (base_right is base and odd_right != odd):
+        grad_output, weight = left, right
     elif (
         node.target is MM
         and _transposes(right)
-        and (_is_pruned_view(right) or (base_left is base and odd_left == odd))
+        and (is_pruned(right) or (base_left is base and odd_left == odd))
     ):
-        grad_output, weight, feed = cast(fx.Node, right.args[0]), left, _feed_transposed
+        grad_output, weight = cast(fx.Node, right.args[0]), left
     else:
         return None
-    return Layer(
-        kind="linear",
+    return LinearLayer(
         node=node,
         grad_output=grad_output,
         weight=weight,
+        input=x,
         groups=1,
         transposed=weight is left,
-        input=x,
-        uses=weight.meta["val"].shape[0 if weight is left else -1],
         has_input_grad=bool(node.users),
         has_weight_grad=any(_multiplies(product, grad_output, x) for product in products),
-        is_pruned=_is_pruned_view(grad_output),
-        feed=functools.partial(feed, node),
+        is_pruned=is_pruned(grad_output),
     )
 
 
-def _without_input_grad(node: fx.Node, forward: fx.Node) -> Layer:
-    """node: computes the weight gradient."""
-    return Layer(
-        kind="linear",
+def _with_weight_grad(node: fx.Node, forward: fx.Node) -> LinearLayer | None:
+    """Return the layer whose weight gradient node computes, for a layer without an input gradient.
+
+    Args:
+        forward: The layer's product, with the weight as (in_features, out_features).
+    """
+    x, weight = cast(tuple[fx.Node, fx.Node], forward.args[-2:])
+    others = [base for base, _ in map(_untransposed, cast(Any, node.args))]
+    if _untransposed(x)[0] not in others:
+        return None
+    others.remove(_untransposed(x)[0])
+    return LinearLayer(
         node=node,
-        grad_output=forward,  # The layer's output is of the same form.
-        weight=cast(fx.Node, forward.args[-1]),
+        grad_output=others[0],
+        weight=weight,
+        input=x,
         groups=1,
         transposed=True,
-        input=cast(fx.Node, forward.args[-2]),
-        uses=0,
         has_input_grad=False,
         has_weight_grad=True,
         is_pruned=False,
-        feed=functools.partial(_feed, node),
     )
 
 
-def _multiplies(product: fx.Node, *operands: fx.Node) -> bool:
-    """Whether product is that of these matrices, or of their transposes."""
-    multiplied = {_untransposed(operand)[0] for operand in cast(Any, product.args)}
+def _multiplies(node: fx.Node, *operands: fx.Node) -> bool:
+    """Whether node multiplies these matrices, or their transposes."""
+    multiplied = {_untransposed(operand)[0] for operand in cast(Any, node.args)}
     return multiplied == {_untransposed(operand)[0] for operand in operands}
 
 
-def _feed(node: fx.Node, grad_output: fx.Node, weight: fx.Node) -> None:
-    node.args = (grad_output, weight)
-
-
-def _feed_transposed(node: fx.Node, grad_output: fx.Node, weight: fx.Node) -> None:
-    node.args = (weight, compute(aten.permute.default, (grad_output, [1, 0]), node))
-
-
 def _untransposed(matrix: fx.Node) -> tuple[fx.Node, bool]:
-    """What matrix is a view of, and whether it is the transpose; the batch it may have left out."""
+    """Return what matrix is a view of, without a batch, and whether matrix is its transpose."""
     odd = False
     while True:
         if _transposes(matrix):
@@ -223,15 +268,7 @@ def _transposes(node: fx.Node) -> bool:
 
 def _repeats_matrix(node: fx.Node) -> bool:
     """Whether node is one matrix for all of a batch, or a view of that."""
-    expanded = cast(fx.Node, node.args[0]) if node.target in _VIEWS else node
+    expanded = cast(fx.Node, node.args[0]) if node.target in VIEWS else node
     if expanded.target is not aten.expand.default:
         return False
     return bool(cast(fx.Node, expanded.args[0]).meta["val"].dim() == 2)
-
-
-def _is_pruned_view(grad_output: fx.Node) -> bool:
-    while grad_output.target in (*_VIEWS, aten.permute.default, aten.clone.default):
-        if is_pruned(grad_output):
-            return True
-        grad_output = cast(fx.Node, grad_output.args[0])
-    return is_pruned(grad_output)

@@ -1,57 +1,92 @@
 """Prune the output gradient of every layer, ahead of its input gradient only.
 
-    p  = sdgp.prune_nm(gO, ...)
+    p  = gO, pruned
     gx = the product with the weight that computed it from gO, of p
 
 The weight gradient keeps the dense gO (McDanel et al. 2022, section III). What the layers are in
-the graph is said in `convolutions` and `linears`.
-
-How elements are pruned is said in `elements`. With `sdgp.structure` whole channels are pruned
-instead, see `channels`.
+the graph is said in `convolutions` and `linears`; which of them are pruned, in `decisions`; what p
+and the weight are then, in `elements` and `channels`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import fx
 
 from ..config import SDGPConfig
-from ..kernels import op
-from . import channels, linears
+from .channels import count_random_numbers as count_for_channels
+from .channels import prune_channels
 from .convolutions import find_convolutions
-from .decisions import Decision, _decide
-from .elements import _rewrite
+from .decisions import Decision, decide
+from .elements import count_random_numbers as count_for_elements
+from .elements import prune_elements
 from .graph import add_call, compute
-from .layers import DECISION, Layer
+from .layers import Layer
+from .linears import find_linears
+from .marks import DECISION
+from .module_names import module_of
+
+
+class Structure(NamedTuple):
+    """What `sdgp.structure` names: how a layer is pruned, and the random numbers that takes."""
+
+    prune: Callable[[Layer, fx.Node | None, SDGPConfig], tuple[fx.Node, fx.Node]]
+    count_random_numbers: Callable[[Layer, SDGPConfig], int]
+
+
+STRUCTURES = {
+    "element": Structure(prune_elements, count_for_elements),
+    "channel": Structure(prune_channels, count_for_channels),
+}
+FINDERS: dict[str, Callable[[fx.Graph], Sequence[Layer]]] = {
+    "conv": find_convolutions,
+    "linear": find_linears,
+}
 
 
 def prune_input_grads(
-    graph: fx.Graph, config: SDGPConfig, roots: Collection[str] = ()
+    graph: fx.Graph,
+    config: SDGPConfig,
+    roots: Collection[str] = (),
+    dense_half_first: Collection[str] = (),
 ) -> list[Decision]:
-    """Rewrite graph in place; return a Decision for each layer, in the graph's order.
+    """Rewrite a joint graph in place.
 
-    graph: ATen operators with `meta["val"]`, such as AOTAutograd's joint graph. A graph that
-    has been rewritten before is left as it is, with the same decisions.
-    roots: `module_roots` of Dynamo's graph, from which the layers' names start.
+    Args:
+        graph: ATen operators with `meta["val"]`, as AOTAutograd makes it. One that has been
+            rewritten before is left as it is, with the same decisions.
+        roots: `module_roots` of Dynamo's graph, from which the layers' names start.
+        dense_half_first: Device types on which a convolution's weight gradient comes ahead of the
+            prune in the graph.
+
+    Returns:
+        A decision for each layer, in the graph's order.
     """
-    layers = find_layers(graph, config)
-    decisions = [_decide(layer, layer.module(roots), config) for layer in layers]
-    to_prune = {
-        layer.node: (layer, decision)
-        for layer, decision in zip(layers, decisions, strict=True)
-        if decision.pruned and not layer.is_pruned
+    structure = STRUCTURES[config.structure]
+    decisions = [
+        decide(layer, module_of(layer.node, roots), config) for layer in find_layers(graph, config)
+    ]
+    to_prune = [
+        (decision.layer, decision)
+        for decision in decisions
+        if decision.layer is not None and decision.pruned and not decision.layer.is_pruned
+    ]
+    counts = {
+        layer: count for layer, _ in to_prune if (count := structure.count_random_numbers(layer, config))
     }
-    drawn = _draw([layer for layer, _ in to_prune.values()], config)
-    for node, (layer, decision) in to_prune.items():
-        if config.structure == "element":
-            _rewrite(layer, drawn.get(node), config)
-        else:
-            grad_output, weight = channels.prune_channels(layer, drawn.get(node), config)
-            grad_output.meta[DECISION] = decision
-            layer.feed(grad_output, weight)
+    random_numbers = draw_random_numbers(counts)
+    for layer, decision in to_prune:
+        grad_output, weight = structure.prune(layer, random_numbers.get(layer), config)
+        grad_output.meta[DECISION] = dataclasses.replace(decision, layer=None)
+        layer.replace_operands(grad_output, weight)
+        device = grad_output.meta["val"].device.type
+        if layer.dense_half is not None and device in dense_half_first:
+            grad_output.prepend(layer.dense_half)
     if to_prune:
         graph.eliminate_dead_code()
         graph.lint()
@@ -59,45 +94,41 @@ def prune_input_grads(
 
 
 def find_layers(graph: fx.Graph, config: SDGPConfig) -> list[Layer]:
-    """The layers of the kinds that config targets, in the graph's order."""
-    kinds = config.targets.split(",")
-    layers = find_convolutions(graph) if "conv" in kinds else []
-    if "linear" in kinds:
-        layers += linears.find_linears(graph)
-        position = {node: i for i, node in enumerate(graph.nodes)}
-        layers.sort(key=lambda layer: position[layer.node])
-    return layers
+    """Find the layers of the kinds that config targets, in the graph's order."""
+    layers = [layer for kind in config.targets for layer in FINDERS[kind](graph)]
+    position = {node: i for i, node in enumerate(graph.nodes)}
+    return sorted(layers, key=lambda layer: position[layer.node])
 
 
-def _draw(layers: list[Layer], config: SDGPConfig) -> dict[fx.Node, fx.Node]:
-    """What each layer takes of random numbers, by its node, from one draw for each device.
+def draw_random_numbers(counts: dict[Layer, int]) -> dict[Layer, fx.Node]:
+    """Insert one draw for each device, and give each layer its part.
 
-    That is a seed, or as many numbers as the choice of channels takes. The draw is an ordinary
-    random operator of the backward: it follows torch.manual_seed, and a captured CUDA graph
-    replays it with fresh numbers.
+    The draw is an ordinary random operator of the backward: it follows torch.manual_seed, and a
+    captured CUDA graph replays it with fresh numbers.
+
+    Args:
+        counts: How many numbers each layer takes; layers that take none are left out.
+
+    Returns:
+        Each layer's int64 numbers, uniform in [0, 2**63 - 1).
     """
-    if config.prune not in op.STOCHASTIC:
-        return {}
-    on_device: dict[torch.device, list[Layer]] = {}
-    for layer in layers:
-        on_device.setdefault(layer.grad_output.meta["val"].device, []).append(layer)
+    by_device: dict[torch.device, list[Layer]] = {}
+    for layer in counts:
+        by_device.setdefault(layer.grad_output.meta["val"].device, []).append(layer)
     numbers = {}
-    for device, group in on_device.items():
-        like = group[0].grad_output.meta["val"]
-        counts = [
-            1 if config.structure == "element" else channels.draws(layer, config) for layer in group
-        ]
-        ends = list(itertools.accumulate(counts))
+    for device, layers in by_device.items():
+        like = layers[0].grad_output.meta["val"]
+        ends = list(itertools.accumulate(counts[layer] for layer in layers))
         drawn = add_call(
             torch.ops.aten.randint.default,
             (2**63 - 1, [ends[-1]]),
             like.new_empty((ends[-1],), dtype=torch.int64),
-            group[0].node,
+            layers[0].node,
             dtype=torch.int64,
             device=device,
             pin_memory=False,
         )
-        for layer, count, end in zip(group, counts, ends, strict=True):
-            part = (drawn, 0, end - count, end)
-            numbers[layer.node] = compute(torch.ops.aten.slice.Tensor, part, layer.node)
+        for layer, end in zip(layers, ends, strict=True):
+            part = (drawn, 0, end - counts[layer], end)
+            numbers[layer] = compute(torch.ops.aten.slice.Tensor, part, layer.node)
     return numbers

@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import fx
 
-from ..kernels.op import CHANNEL_FACTOR, PRUNE_NM
+from ..kernels.op import PRUNE_NM
 from ..kernels.record import RECORD
 from ..kernels.reference import accumulation_dtype
 from .graph import add_call, compute
@@ -30,10 +30,12 @@ SUMS = ("norm", "kept_norm", "square", "squared_error", "product")
 def record_statistics(graph: fx.Graph, key: str, roots: Collection[str] = ()) -> None:
     """Add SUMS of every pruned gradient to a graph that went through `prune_input_grads`.
 
-    key: of the receiver in `kernels.record`. It gets the layers' names as JSON, and their sums one
-        layer after the other.
-    roots: as for `prune_input_grads`.
     A graph that nothing is pruned in, and one that records already, are left as they are.
+
+    Args:
+        key: Key of the receiver in `kernels.record`. It gets the layers' names as JSON, and their
+            sums one layer after the other.
+        roots: As for `prune_input_grads`.
     """
     pruned = graph.find_nodes(op="call_function", target=PRUNE_NM)
     if not pruned or graph.find_nodes(op="call_function", target=RECORD):
@@ -45,7 +47,7 @@ def record_statistics(graph: fx.Graph, key: str, roots: Collection[str] = ()) ->
 
 
 def _sums(pruned: fx.Node) -> list[fx.Node]:
-    """SUMS, in float32 or float64, ahead of what reads the pruned gradient."""
+    """Compute SUMS, in float32 or float64, ahead of what reads the pruned gradient."""
     source = _reader(pruned)
     dense = cast(fx.Node, pruned.args[0])
 
@@ -53,7 +55,7 @@ def _sums(pruned: fx.Node) -> list[fx.Node]:
         return compute(target, args, source)
 
     g, p = (_converted(node, source) for node in (dense, pruned))
-    factor = _factor_in_weight(pruned, dense)
+    factor = pruned.meta.get(FACTOR_IN_WEIGHT)
     if factor is not None:
         along_channels = [1, -1, *[1] * (dense.meta["val"].dim() - 2)]
         p = call(aten.mul.Tensor, p, call(aten.view.default, factor, along_channels))
@@ -72,15 +74,6 @@ def _converted(node: fx.Node, source: fx.Node) -> fx.Node:
     return compute(torch.ops.prims.convert_element_type.default, (node, wanted), source)
 
 
-def _factor_in_weight(pruned: fx.Node, dense: fx.Node) -> fx.Node | None:
-    """The factors of the channels, if the layer's weight was multiplied by them and not p."""
-    if pruned.args[4] != "magnitude":
-        return None
-    factors = (user for user in dense.users if user.target is CHANNEL_FACTOR)
-    factor = next(factors, None)
-    return factor and next(iter(factor.users))
-
-
 def _reader(pruned: fx.Node) -> fx.Node:
-    """The first node that reads the pruned gradient."""
+    """Return the first node that reads the pruned gradient."""
     return next(iter(pruned.users))

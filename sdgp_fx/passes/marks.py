@@ -1,0 +1,41 @@
+"""What the pass notes in the meta of nodes, for itself when it sees a graph again and for others."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import fx
+
+from ..kernels.op import PRUNE_NM
+
+aten = torch.ops.aten
+
+# On the grad_output of a pruned layer, as its product reads it: the layer's Decision.
+DECISION = "sdgp_decision"
+
+# On a node that keeps the dense gradient of a layer, whose input gradient another node computes.
+DENSE_HALF = "sdgp_dense_half"
+
+# On a prune_nm node: the factors of its channels that the weight was multiplied by in its place.
+FACTOR_IN_WEIGHT = "sdgp_factor_in_weight"
+
+VIEWS = (aten.view.default, aten._unsafe_view.default)
+_LAYOUT = (*VIEWS, aten.permute.default, aten.clone.default)
+
+
+def find_pruned(grad_output: fx.Node) -> fx.Node | None:
+    """Return what the pass has pruned: grad_output, or what it is another layout of.
+
+    None if grad_output is dense.
+    """
+    while grad_output.target is not PRUNE_NM and DECISION not in grad_output.meta:
+        if grad_output.target not in _LAYOUT:
+            return None
+        grad_output = cast(fx.Node, grad_output.args[0])
+    return grad_output
+
+
+def is_pruned(grad_output: fx.Node) -> bool:
+    """Whether the pass has pruned this gradient."""
+    return find_pruned(grad_output) is not None
