@@ -26,20 +26,31 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._pytree import tree_map_only
 
-from .report import GraphBreak
-
 aten = torch.ops.aten
 
-Backend = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
+# Gets a graph of Dynamo's, its inputs, and the modules of the model that own some of these.
+Backend = Callable[[fx.GraphModule, Sequence[Any], set[str]], Callable[..., Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class GraphBreak:
+    """Where Dynamo leaves the graph, and why; place is "" if it is not known."""
+
+    reason: str
+    place: str
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.reason}" if self.place else self.reason
 
 
 @dataclasses.dataclass(frozen=True)
 class Product:
     """A convolution, or a linear layer's product, as it runs.
 
-    module: that the weight is a parameter of.
-    kind: "conv" or "linear".
-    compiled: whether a graph runs it, or eager mode.
+    Attributes:
+        module: The module whose parameter the weight is.
+        kind: "conv" or "linear".
+        compiled: Whether a graph runs it, or eager mode.
     """
 
     module: str
@@ -53,12 +64,15 @@ class Product:
 
 
 class DryRun(FakeTensorMode):
-    """Runs a model on tensors that have shapes and no values.
+    """Run a model on tensors that have shapes and no values.
 
-    on_product: gets every product with a parameter of the model, as it runs.
-    in_eager, in_graphs: the modules whose parameters were used by eager mode, and by graphs.
-    graph_breaks: that Dynamo told of.
-    has_guessed: whether the model asked for a tensor's value, and got 1.
+    Args:
+        on_product: Gets every product with a parameter of the model, as it runs.
+
+    Attributes:
+        in_eager, in_graphs: The modules whose parameters eager mode, and graphs, have used.
+        graph_breaks: Those that Dynamo has told of.
+        has_guessed: Whether the model asked for a tensor's value, and got 1.
     """
 
     def __init__(self, on_product: Callable[[Product], None]) -> None:
@@ -73,11 +87,15 @@ class DryRun(FakeTensorMode):
         self._is_in_graph = False
 
     def run(self, model: nn.Module, inputs: Sequence[Any], backend: Backend) -> str:
-        """Run a copy of model, compiled by backend; return what stopped it, "" if nothing did.
+        """Run a copy of model, compiled by backend.
 
-        Raises what the model raises, unless it is for want of values.
+        Returns:
+            What stopped it, for want of values; "" if nothing did.
+
+        Raises:
+            Exception: Whatever else the model raises.
         """
-        with FakeCopyMode(self):  # Private; checked on torch 2.11, 2.13 and 2.15.
+        with FakeCopyMode(self):
             fake_model = copy.deepcopy(model)
         fake_inputs = tree_map_only(Tensor, self.from_tensor, inputs)
         for name, module in fake_model.named_modules():
@@ -85,10 +103,11 @@ class DryRun(FakeTensorMode):
                 self._owners.setdefault(id(parameter), name)
 
         def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
-            self.in_graphs |= self.owners(example_inputs)
+            owners = self._owners_of(example_inputs)
+            self.in_graphs |= owners
             self._note_end(gm)
             with self._set("_is_compiling"):
-                compiled = backend(gm, example_inputs)
+                compiled = backend(gm, example_inputs, owners)
 
             def run_graph(*args: Any) -> Any:
                 with self._set("_is_in_graph"):
@@ -108,8 +127,8 @@ class DryRun(FakeTensorMode):
             self._note_breaks_without_graphs()
         return stopped
 
-    def owners(self, tensors: Sequence[Any]) -> set[str]:
-        """The modules that have one of tensors for a parameter, by their names in the model."""
+    def _owners_of(self, tensors: Sequence[Any]) -> set[str]:
+        """Return the names of the modules that have one of tensors as a parameter."""
         return {self._owners[id(x)] for x in tensors if id(x) in self._owners}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -123,7 +142,7 @@ class DryRun(FakeTensorMode):
             return True if dtype is torch.bool else 1.0 if dtype.is_floating_point else 1
         if not self._is_compiling:
             if not self._is_in_graph:
-                self.in_eager |= self.owners(args)
+                self.in_eager |= self._owners_of(args)
             self._note_product(func, args, result)
         return result
 
@@ -136,12 +155,11 @@ class DryRun(FakeTensorMode):
             kind, (x, weight) = "linear", args[-2:]
         else:
             return
-        for module in self.owners([weight if weight._base is None else weight._base]):
+        for module in self._owners_of([weight if weight._base is None else weight._base]):
             self.on_product(Product(module, kind, self._is_in_graph, x, weight, output, *settings))
 
     def _note_end(self, gm: fx.GraphModule) -> None:
         """Note why a graph of Dynamo's ends where it does."""
-        # Private; checked on torch 2.11, 2.14 and 2.15.
         why: Any = getattr(gm, "compile_subgraph_reason", None)
         if why is not None and why.graph_break:
             frame = why.user_stack[-1] if why.user_stack else None
@@ -167,8 +185,8 @@ def _first_line(text: str) -> str:
     return next(iter(text.strip().splitlines()), "")
 
 
-def _compile(run: Callable[..., Any], backend: Backend) -> Callable[..., Any]:
-    """torch.compile, for sizes that stay as they are, apart from all other compilations.
+def _compile(run: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile run for sizes that stay as they are, apart from all other compilations.
 
     Dynamo counts compilations by code object, and past a limit silently compiles no more. So run
     gets a code object of its own. Those of the model, which Dynamo compiles one by one after a
@@ -183,11 +201,10 @@ def _compile(run: Callable[..., Any], backend: Backend) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def as_it_was() -> Iterator[None]:
-    """At the end put back what running and compiling a model changes outside of it.
+    """Put back at the end what running and compiling a model changes outside of it.
 
     These are Dynamo's counters, empty at the start; what it has compiled of functions of which it
-    had compiled nothing; and the random states of torch, Python and NumPy. What is Dynamo's is
-    private (checked on torch 2.11, 2.14 and 2.15).
+    had compiled nothing; and the random states of torch, Python and NumPy.
     """
     is_new: dict[int, tuple[types.CodeType, bool]] = {}  # Equal code objects are no less two.
 

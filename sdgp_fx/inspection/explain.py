@@ -1,8 +1,7 @@
-"""What the backend does to a model, without running or changing the model."""
+"""Explain what the backend does to a model, without running or changing the model."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,9 +10,11 @@ from torch import fx, nn
 from ..backend import aot_eager
 from ..config import SDGPConfig
 from ..passes.decisions import Decision
-from ..passes.layers import Layer, multiply_adds, plain_sizes
+from ..passes.convolutions import convolution_macs
+from ..passes.layers import plain_sizes
+from ..passes.linears import linear_macs
 from ..passes.module_names import module_roots
-from ..passes.prune_input_grads import find_layers, prune_input_grads
+from ..passes.prune_input_grads import prune_input_grads
 from .dry_run import DryRun, Product
 from .report import NO_GRADIENT, NOT_COMPILED, NOT_RUN, Explanation, LayerReport, MultiplyAdds
 
@@ -23,21 +24,24 @@ _MODULES = {"conv": (*_CONVOLUTIONS, *_TRANSPOSED), "linear": (nn.Linear,)}
 
 
 def explain(model: nn.Module, *inputs: Any, options: dict[str, Any] | None = None) -> Explanation:
-    """What the backend decides for every layer of model, and the multiply-adds, as a report.
+    """Report what the backend decides for every layer of model, and the multiply-adds.
 
     The model is copied with fake tensors (shapes, no values): nothing is computed, and a large
     model takes no memory. The model, random states and what the compiler knows of other
-    compilations stay as they are. Listed are the layers of which training computes a gradient, and
+    compilations stay as they are. Listed are the layers whose gradients training computes, and
     modules of the targeted kinds that the backend doesn't get. Symbolic sizes are sizes that
     depend on data.
 
-    inputs: what model.forward takes; tensors are read for shape, dtype, strides and device.
-    options: as for `torch.compile(model, backend="sdgp", options=...)`.
-    Raises ValueError for a bad option, and what the model raises.
+    Args:
+        inputs: What model.forward takes; tensors are read for shape, dtype, strides and device.
+        options: As for `torch.compile(model, backend="sdgp", options=...)`.
+
+    Raises:
+        ValueError: An option is unknown or has a bad value.
+        Exception: Whatever the model raises.
     """
     config, _ = SDGPConfig.from_options(options)
     model = getattr(model, "_orig_mod", model)  # Of a model that is compiled already.
-    kinds = config.targets.split(",")
     names = _first_names(model)
     layers: list[LayerReport] = []
     reached: set[str] = set()
@@ -45,18 +49,19 @@ def explain(model: nn.Module, *inputs: Any, options: dict[str, Any] | None = Non
 
     def on_product(product: Product) -> None:
         products.setdefault(product.module, product)
-        if product.kind in kinds and not product.compiled:
+        if product.kind in config.targets and not product.compiled:
             reached.add(product.module)
             layers.append(_dense(product, NOT_COMPILED))
 
-    def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        roots, modules = module_roots(gm), run.owners(example_inputs)
+    def backend(
+        gm: fx.GraphModule, example_inputs: Sequence[Any], modules: set[str]
+    ) -> Callable[..., Any]:
+        roots = module_roots(gm)
 
         def rewrite(graph: fx.Graph) -> None:
-            found = find_layers(graph, config)
             decisions = prune_input_grads(graph, config, roots)
-            rows = [_decided(*pair, config) for pair in zip(decisions, found, strict=True)]
-            layers.extend(reversed(rows))  # The backward goes from the last layer to the first.
+            # The backward goes from the last layer to the first.
+            layers.extend(_decided(decision, config) for decision in reversed(decisions))
             for decision in decisions:
                 name = names.get(decision.module, decision.module)
                 reached.update(_modules_named(name, modules))
@@ -65,7 +70,7 @@ def explain(model: nn.Module, *inputs: Any, options: dict[str, Any] | None = Non
 
     run = DryRun(on_product)
     stopped = run.run(model, inputs, backend)
-    layers += _not_reached(model, kinds, reached, run, products)
+    layers += _not_reached(model, config.targets, reached, run, products)
     return Explanation(
         config=config,
         layers=tuple(layers),
@@ -74,18 +79,20 @@ def explain(model: nn.Module, *inputs: Any, options: dict[str, Any] | None = Non
     )
 
 
-def _decided(decision: Decision, layer: Layer, config: SDGPConfig) -> LayerReport:
-    x, grad_output = (node.meta["val"].shape for node in (layer.input, layer.grad_output))
-    count = _known(layer.multiply_adds)
+def _decided(decision: Decision, config: SDGPConfig) -> LayerReport:
+    layer = decision.layer
+    assert layer is not None
+    x = layer.input.meta["val"].shape
+    count = _known(layer.macs)
     input_gradient = count if layer.has_input_grad else 0
     saved = input_gradient if decision.pruned else 0
-    fields = {field.name: getattr(decision, field.name) for field in dataclasses.fields(decision)}
-    if decision.kind == "linear":
-        fields["weight"] = plain_sizes((grad_output[-1], x[-1]))
     return LayerReport(
-        **fields,
-        operation=_operation(decision.kind, decision.transposed, len(grad_output)),
-        input=plain_sizes(x),
+        **{
+            **decision.to_dict(),
+            "weight_shape": plain_sizes(layer.parameter_shape),
+        },
+        operation=_operation(decision.kind, decision.transposed, len(decision.grad_output_shape)),
+        input_shape=plain_sizes(x),
         compiled=True,
         multiply_adds=MultiplyAdds(
             forward=count,
@@ -97,22 +104,24 @@ def _decided(decision: Decision, layer: Layer, config: SDGPConfig) -> LayerRepor
 
 
 def _dense(product: Product, reason: str) -> LayerReport:
-    """A layer that ran in eager mode, or without a gradient."""
+    """Report a layer that ran in eager mode, or without a gradient."""
     kind, transposed = product.kind, product.transposed
     x, weight, output = (t.shape for t in (product.input, product.weight, product.output))
-    count = _known(multiply_adds(kind, transposed, x, weight, output))
+    is_linear = kind == "linear"
+    macs = linear_macs(x, output) if is_linear else convolution_macs(x, weight, output, transposed)
+    count = _known(macs)
     trains = reason == NOT_COMPILED
     return LayerReport(
         module=product.module,
         kind=kind,
-        grad_output=plain_sizes(output),
-        weight=plain_sizes((output[-1], x[-1]) if kind == "linear" else weight),
+        grad_output_shape=plain_sizes(output),
+        weight_shape=plain_sizes((output[-1], x[-1]) if is_linear else weight),
         groups=product.groups,
-        transposed=transposed and kind == "conv",
+        transposed=transposed and not is_linear,
         pruned=False,
         reason=reason,
         operation=_operation(kind, transposed, len(output)),
-        input=plain_sizes(x),
+        input_shape=plain_sizes(x),
         compiled=product.compiled,
         multiply_adds=MultiplyAdds(
             forward=count,
@@ -129,7 +138,7 @@ def _not_reached(
     run: DryRun,
     products: Mapping[str, Product],
 ) -> list[LayerReport]:
-    """The layers that are modules of model but have no decision, and haven't run in eager mode."""
+    """Report the modules of model that have no decision, and have not run in eager mode."""
     layers = []
     for path, module in model.named_modules():
         name = _without_wrappers(path)
@@ -148,14 +157,14 @@ def _not_reached(
             LayerReport(
                 module=name,
                 kind=kind,
-                grad_output=(),
-                weight=plain_sizes(weight.shape),
+                grad_output_shape=(),
+                weight_shape=plain_sizes(weight.shape),
                 groups=getattr(module, "groups", 1),
                 transposed=transposed,
                 pruned=False,
                 reason=reason,
                 operation=_operation(kind, transposed, weight.dim()),
-                input=(),
+                input_shape=(),
                 compiled=in_graphs,
                 multiply_adds=MultiplyAdds(
                     forward=count, input_gradient=count, weight_gradient=count
@@ -184,7 +193,7 @@ def _warnings(
 
 
 def _first_names(model: nn.Module) -> dict[str, str]:
-    """For each name of a module the first, which is that of `named_modules()`."""
+    """Map each name of a module to its first, which is the one in `named_modules()`."""
     first: dict[nn.Module, str] = {}
     names = {}
     for path, module in model.named_modules(remove_duplicate=False):
@@ -194,12 +203,12 @@ def _first_names(model: nn.Module) -> dict[str, str]:
 
 
 def _without_wrappers(path: str) -> str:
-    """The name of a module as decisions have it, whatever in the model is compiled itself."""
+    """Return a module's name as decisions have it, whatever in the model is compiled itself."""
     return ".".join(part for part in path.split(".") if part != "_orig_mod")
 
 
 def _modules_named(name: str, modules: Collection[str]) -> set[str]:
-    """Those of a graph's modules that may be meant: its names can start below the model."""
+    """Return the graph's modules that name may mean: its names can start below the model."""
     if name in modules:
         return {name}
     return {module for module in modules if module.endswith(f".{name}")} or {name}

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 from ..config import SDGPConfig
 from ..passes.decisions import Decision
+from .dry_run import GraphBreak
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -46,14 +47,15 @@ class MultiplyAdds:
 class LayerReport(Decision):
     """A layer's decision, and its multiply-adds.
 
-    operation: "conv2d", "conv_transpose1d", "linear" and so on.
-    input: shape of the forward's input, in the form of grad_output. Both are () for a layer of
-        which no product was seen.
-    compiled: whether the layer is part of a compiled graph.
+    Attributes:
+        operation: "conv2d", "conv_transpose1d", "linear" and so on.
+        input_shape: Shape of the forward's input, laid out as grad_output. Both are () for a layer
+            whose product was not seen.
+        compiled: Whether the layer is part of a compiled graph.
     """
 
     operation: str
-    input: tuple[int | str, ...]
+    input_shape: tuple[int | str, ...]
     compiled: bool
     multiply_adds: MultiplyAdds
 
@@ -61,17 +63,6 @@ class LayerReport(Decision):
     def decision(self) -> str:
         """ "pruned", or "dense: " and why."""
         return "pruned" if self.pruned else f"dense: {self.reason}"
-
-
-@dataclasses.dataclass(frozen=True)
-class GraphBreak:
-    """Where Dynamo leaves the graph, and why. place: "" if it is not known."""
-
-    reason: str
-    place: str
-
-    def __str__(self) -> str:
-        return f"{self.place}: {self.reason}" if self.place else self.reason
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +102,7 @@ class Explanation(Sequence[LayerReport]):
         """All of it in plain values, for JSON."""
         return {
             "config": _plain(dataclasses.asdict(self.config)),
-            "layers": [_plain(dataclasses.asdict(layer)) for layer in self.layers],
+            "layers": [_plain(layer.to_dict()) for layer in self.layers],
             "multiply_adds": dataclasses.asdict(self.multiply_adds),
             "graph_breaks": [dataclasses.asdict(graph_break) for graph_break in self.graph_breaks],
             "warnings": list(self.warnings),
@@ -162,9 +153,9 @@ class Explanation(Sequence[LayerReport]):
             (
                 layer.module or "(model)",
                 layer.operation,
-                _shape(layer.weight),
+                _shape(layer.weight_shape),
                 str(layer.groups),
-                _shape(layer.grad_output),
+                _shape(layer.grad_output_shape),
                 *map(_si, dataclasses.astuple(layer.multiply_adds)),
                 layer.decision,
             )
@@ -178,7 +169,7 @@ class Explanation(Sequence[LayerReport]):
         total = self.multiply_adds
         config = self.config
         lines = [
-            f"{config.n}:{config.m} {config.prune}, targets {config.targets}: "
+            f"{config.n}:{config.m} {config.prune}, targets {','.join(config.targets)}: "
             f"{pruned} of {len(self.layers)} layers pruned{dense}",
             f"multiply-adds of a training step: forward {_si(total.forward)}, "
             f"input gradients {_si(total.input_gradient)}, "

@@ -20,6 +20,7 @@ from ..kernels.op import PRUNE_NM
 from ..kernels.record import RECORD
 from ..kernels.reference import accumulation_dtype
 from .graph import add_call, compute
+from .marks import FACTOR_IN_WEIGHT
 from .module_names import module_of
 
 aten = torch.ops.aten
