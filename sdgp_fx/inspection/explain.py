@@ -9,8 +9,8 @@ from torch import fx, nn
 
 from ..backend import aot_eager
 from ..config import SDGPConfig
-from ..passes.decisions import Decision
 from ..passes.convolutions import convolution_macs
+from ..passes.decisions import Decision
 from ..passes.layers import plain_sizes
 from ..passes.linears import linear_macs
 from ..passes.module_names import module_roots

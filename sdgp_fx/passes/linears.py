@@ -128,8 +128,7 @@ def linear_macs(input: Sequence[Any], output: Sequence[Any]) -> Any:
 
 
 def find_linears(graph: fx.Graph) -> list[LinearLayer]:
-    """Find the linear layers with a gradient in a joint graph of ATen operators with `meta["val"]`.
-    """
+    """Find the linear layers with a gradient in a joint graph of ATen operators with `meta["val"]`."""
     products = defaultdict(list)
     of_transforms = []
     for target in (MM, BMM):
@@ -154,7 +153,7 @@ def find_linears(graph: fx.Graph) -> list[LinearLayer]:
 
 
 def _returned(grad_output: fx.Node) -> fx.Node:
-    """Return the gradient of the layer's output, if grad_output is a view of it; else grad_output."""
+    """Return the gradient of the layer's output, where grad_output is a view of it."""
     if grad_output.target not in VIEWS:
         return grad_output
     source = cast(fx.Node, grad_output.args[0])

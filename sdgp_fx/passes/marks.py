@@ -1,4 +1,4 @@
-"""What the pass notes in the meta of nodes, for itself when it sees a graph again and for others."""
+"""What the pass notes in the meta of nodes, for others and for itself on a second run."""
 
 from __future__ import annotations
 

@@ -77,7 +77,9 @@ def prune_input_grads(
         if decision.layer is not None and decision.pruned and not decision.layer.is_pruned
     ]
     counts = {
-        layer: count for layer, _ in to_prune if (count := structure.count_random_numbers(layer, config))
+        layer: count
+        for layer, _ in to_prune
+        if (count := structure.count_random_numbers(layer, config))
     }
     random_numbers = draw_random_numbers(counts)
     for layer, decision in to_prune:
