@@ -114,8 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--lr", type=positive(float), help="the peak's: 0.5, fast: 11.5")
     width = "channels of the first layer: 128, fast: a factor of all channels: 1"
     add("--width", type=positive(float), help=width)
-    only = "of the settings, those of these names, with commas (all)"
-    add("--only", metavar="NAMES", help=only)
+    parser.add_list("--only", "only", (), "a setting, of all that there are", metavar="NAME")
     add("--curve", action="store_true", help="fast: test after every epoch")
     add("--minutes", type=positive(float), default=math.inf, help="no run is begun later")
     add("--fraction", type=share, default=1.0, help="of the training images (%(default)s)")
@@ -175,20 +174,17 @@ def make_recipe(args: argparse.Namespace) -> cifar10.Recipe | fast.FastRecipe:
     return cifar10.Recipe(**given)
 
 
-def select(settings: Sequence[Setting], names: str | None) -> list[Setting]:
-    """Return the settings that names lists, all for None.
+def select(settings: Sequence[Setting], names: Sequence[str]) -> list[Setting]:
+    """Return the settings of these names, all for none.
 
     Raises:
         ValueError: There is no setting of a name.
     """
-    if names is None:
-        return list(settings)
     named = {setting.name: setting for setting in settings}
-    wanted = [name.strip() for name in names.split(",")]
-    for name in wanted:
+    for name in names:
         if name not in named:
-            raise ValueError(f"--only: expected some of {', '.join(named)}, got {name}")
-    return [named[name] for name in wanted]
+            raise ValueError(f"--only: expected one of {'; '.join(named)}, got {name}")
+    return [named[name] for name in names or named]
 
 
 def describe(
