@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,11 +17,12 @@ from sdgp_fx.config import INNER_COMPILERS
 
 from .. import command
 from ..report import Report, Row, caption
-from . import cifar10, experiment, maps, pictures, settings, signals, times
+from . import cifar10, experiment, fast, maps, pictures, settings, signals, times
 from .experiment import Setting
 
-# Of a recipe, what can differ from the paper's.
+# Of a recipe, what can differ from what is published.
 _SHOWN = ("epochs", "batch", "lr", "width")
+RECIPES = {"paper": cifar10.Recipe, "fast": fast.FastRecipe}
 
 
 class Experiment(NamedTuple):
@@ -105,11 +107,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("name", choices=list(EXPERIMENTS), metavar="NAME", help=names)
     add("--root", type=Path, required=True, metavar="DIR", help="folder of CIFAR-10")
     add("--seeds", type=positive(int), default=3, help="runs of each setting (%(default)s)")
-    add("--epochs", type=positive(int), default=cifar10.EPOCHS, help="(%(default)s)")
-    add("--batch", type=positive(int), default=cifar10.BATCH, help="(%(default)s)")
-    add("--lr", type=positive(float), default=cifar10.PEAK_LR, help="the peak's (%(default)s)")
-    width = "channels of the first layer (%(default)s)"
-    add("--width", type=positive(int), default=128, help=width)
+    recipes = "paper: 150 epochs of a ResNet-9; fast: ten of a smaller network (%(default)s)"
+    add("--recipe", choices=list(RECIPES), default="paper", help=recipes)
+    add("--epochs", type=positive(float), help="150, fast: 9.9")
+    add("--batch", type=positive(int), help="512, fast: 1024")
+    add("--lr", type=positive(float), help="the peak's: 0.5, fast: 11.5")
+    width = "channels of the first layer: 128, fast: a factor of all channels: 1"
+    add("--width", type=positive(float), help=width)
+    parser.add_list("--only", "only", (), "a setting, of all that there are", metavar="NAME")
+    add("--curve", action="store_true", help="fast: test after every epoch")
+    add("--minutes", type=positive(float), default=math.inf, help="no run is begun later")
     add("--fraction", type=share, default=1.0, help="of the training images (%(default)s)")
     add("--test-fraction", type=share, default=1.0, help="of the test images (%(default)s)")
     parser.add_dtype(command.DTYPES, "float16", "of autocast")
@@ -118,19 +125,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_out()
     args = parser.parse_args(argv)
     chosen = EXPERIMENTS[args.name]
-    recipe = cifar10.Recipe(args.epochs, args.batch, args.lr, args.width, args.dtype, args.compiler)
-    compared = [
-        dataclasses.replace(setting, dtype=setting.dtype or args.dtype)
-        for setting in chosen.settings
-    ]
     try:
+        recipe = make_recipe(args)
+        compared = [
+            dataclasses.replace(setting, dtype=setting.dtype or args.dtype)
+            for setting in select(chosen.settings, args.only)
+        ]
         for path in (args.out, args.picture):
             command.check_out(path)
         device = command.find_device(args.device)
         data, test = cifar10.load(args.root, device)
         data = cifar10.fraction_of(data, args.fraction)
         test = cifar10.fraction_of(test, args.test_fraction)
-        report = chosen.run(compared, args.seeds, recipe, data, test, args.out)
+        limits = {"minutes": args.minutes} if chosen.run is experiment.run else {}
+        report = chosen.run(compared, args.seeds, recipe, data, test, args.out, **limits)
     except ValueError as error:
         parser.error(str(error))
     except KeyboardInterrupt:
@@ -145,11 +153,48 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def make_recipe(args: argparse.Namespace) -> cifar10.Recipe | fast.FastRecipe:
+    """Make the recipe that args ask for, of what is published where they are silent.
+
+    Raises:
+        ValueError: An option is not for this recipe.
+    """
+    given = {name: getattr(args, name) for name in _SHOWN if getattr(args, name) is not None}
+    given |= {"dtype": args.dtype, "compiler": args.compiler}
+    if args.recipe == "fast":
+        if EXPERIMENTS[args.name].run is not experiment.run:
+            raise ValueError(f"--recipe: expected paper for {args.name}, got fast")
+        return fast.FastRecipe(**given, curve=args.curve)
+    if args.curve:
+        raise ValueError("--curve: expected --recipe fast, got paper, which always has the curve")
+    for name in {"epochs", "width"} & given.keys():
+        if given[name] % 1:
+            raise ValueError(f"--{name}: expected an int with --recipe paper, got {given[name]}")
+        given[name] = int(given[name])
+    return cifar10.Recipe(**given)
+
+
+def select(settings: Sequence[Setting], names: Sequence[str]) -> list[Setting]:
+    """Return the settings of these names, all for none.
+
+    Raises:
+        ValueError: There is no setting of a name.
+    """
+    named = {setting.name: setting for setting in settings}
+    for name in names:
+        if name not in named:
+            raise ValueError(f"--only: expected one of {'; '.join(named)}, got {name}")
+    return [named[name] for name in names or named]
+
+
 def describe(
-    recipe: cifar10.Recipe, compared: Sequence[Setting], images: int, test_images: int
+    recipe: cifar10.Recipe | fast.FastRecipe,
+    compared: Sequence[Setting],
+    images: int,
+    test_images: int,
 ) -> str:
-    """What was trained, and where that is not the paper's recipe."""
-    paper = cifar10.Recipe()
+    """What was trained, and where that is not the published recipe."""
+    paper = type(recipe)()
     dtypes = sorted({setting.dtype or recipe.dtype for setting in compared})
     facts = [
         ("training images", images, 50_000),

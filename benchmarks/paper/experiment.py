@@ -7,7 +7,9 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from sdgp_fx import SDGPConfig, prune
 from ..report import Report, Row, environment
 from ..terminal import print_table, progress
 from .cifar10 import Images, Recipe, Run, train
+from .fast import FastRecipe, Trainer
 from .scaled import scaled
 
 # What settings differ in, of SDGPConfig.
@@ -71,16 +74,25 @@ class Setting:
 def run(
     settings: Sequence[Setting],
     seeds: int,
-    recipe: Recipe,
+    recipe: Recipe | FastRecipe,
     data: Images,
     test: Images,
     path: Path | None,
+    minutes: float = math.inf,
 ) -> Report:
-    """Train what is not in the file at path yet, all settings from a seed before the next seed.
+    """Train what is not in the file at path yet.
 
-    settings: with their dtypes.
-    Raises ValueError if the file holds runs of another recipe or other data.
+    All settings are trained from a seed before the next seed; by the fast recipe, which compiles
+    a setting once, a setting from all seeds before the next setting.
+
+    Args:
+        settings: With their dtypes.
+        minutes: No run is begun later.
+
+    Raises:
+        ValueError: The file holds runs of another recipe or other data.
     """
+    deadline = monotonic() + 60 * minutes
     facts = facts_of(recipe, data, test)
     del facts["dtype"]  # Runs have their own.
     report = resume("paper", facts, data.labels.device, path)
@@ -90,29 +102,45 @@ def run(
         for setting in settings
         if seed not in accuracies(report.rows, setting)
     ]
-    with progress(len(missing) * recipe.epochs, estimate=True) as begin:
+    if isinstance(recipe, FastRecipe):
+        missing.sort(key=lambda pair: settings.index(pair[0]))
+    ready: Setting | None = None
+    with progress(len(missing) * math.ceil(recipe.epochs), estimate=True) as begin:
         for setting, seed in missing:
-            own = dataclasses.replace(recipe, dtype=setting.dtype or recipe.dtype)
+            if monotonic() >= deadline:
+                break
+            if setting != ready:
+                train_from, ready = make_trainer(setting, recipe, data, test), setting
             watch = epochs_of(f"{setting.name}, seed {seed}", recipe, begin)
-            compile, dense_last = setting.compile(own.compiler), setting.dense_last
-            result = train(own, compile, data, test, seed, watch, dense_last=dense_last)
-            report.add([make_row(setting, seed, result)])
+            report.add([make_row(setting, seed, train_from(seed, watch))])
     return report
 
 
+def make_trainer(
+    setting: Setting, recipe: Recipe | FastRecipe, data: Images, test: Images
+) -> Callable[[int, Callable[[int, nn.Module], None]], Run]:
+    """Return a function that trains from a seed and calls watch as the recipe's training does."""
+    own = dataclasses.replace(recipe, dtype=setting.dtype or recipe.dtype)
+    compile = setting.compile(own.compiler)
+    if isinstance(own, FastRecipe):
+        return Trainer(own, compile, data, test, setting.dense_last).run
+    return partial(train, own, compile, data, test, dense_last=setting.dense_last)
+
+
 def epochs_of(
-    name: str, recipe: Recipe, begin: Callable[[str], None]
+    name: str, recipe: Recipe | FastRecipe, begin: Callable[[str], None]
 ) -> Callable[[int, nn.Module], None]:
     """What calls begin with the name of a run, and the epoch's number, as each epoch begins."""
+    epochs = math.ceil(recipe.epochs)
 
     def watch(done: int, network: nn.Module) -> None:
-        if done < recipe.epochs:
-            begin(f"{name}, epoch {done + 1} of {recipe.epochs}")
+        if done < epochs:
+            begin(f"{name}, epoch {done + 1} of {epochs}")
 
     return watch
 
 
-def facts_of(recipe: Recipe, data: Images, test: Images) -> dict[str, Any]:
+def facts_of(recipe: Recipe | FastRecipe, data: Images, test: Images) -> dict[str, Any]:
     """What all rows of a file have in common."""
     return {**dataclasses.asdict(recipe), "images": len(data), "test_images": len(test)}
 
