@@ -64,8 +64,10 @@ class ConvolutionLayer(Layer):
 
     @property
     def macs(self) -> Any:
-        nodes = (self.input, self.weight, self.grad_output)
-        return convolution_macs(*(node.meta["val"].shape for node in nodes), self.transposed)
+        x, weight, grad_output = (
+            node.meta["val"].shape for node in (self.input, self.weight, self.grad_output)
+        )
+        return convolution_macs(x, weight, grad_output, self.transposed)
 
     @property
     def macs_per_grad_value(self) -> Any:
@@ -118,7 +120,11 @@ class ConvolutionLayer(Layer):
 
 
 def find_convolutions(graph: fx.Graph) -> list[ConvolutionLayer]:
-    """Find the convolutions of a joint graph of ATen operators with `meta["val"]`."""
+    """Find the convolutions with a gradient.
+
+    Args:
+        graph: A joint graph of ATen operators with `meta["val"]`.
+    """
     layers = []
     for node in graph.find_nodes(op="call_function", target=CONVOLUTION_BACKWARD):
         if DENSE_HALF in node.meta:

@@ -128,7 +128,11 @@ def linear_macs(input: Sequence[Any], output: Sequence[Any]) -> Any:
 
 
 def find_linears(graph: fx.Graph) -> list[LinearLayer]:
-    """Find the linear layers with a gradient in a joint graph of ATen operators with `meta["val"]`."""
+    """Find the linear layers with a gradient.
+
+    Args:
+        graph: A joint graph of ATen operators with `meta["val"]`.
+    """
     products = defaultdict(list)
     of_transforms = []
     for target in (MM, BMM):
