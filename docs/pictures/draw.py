@@ -1,4 +1,4 @@
-"""The pictures of the documentation, written beside this file.
+"""Draw the pictures of the documentation, beside this file.
 
 PYTHONPATH=. python docs/pictures/draw.py
 """
@@ -21,7 +21,7 @@ INK, DENSE, PRUNED, PAPER = "#2b2b2b", "#4c6a92", "#e07a2f", "#eef1f5"
 
 
 def functions() -> Figure:
-    """What each pruning function makes of four groups of four channels."""
+    """Draw four groups of four channels, dense and pruned by each function."""
     torch.manual_seed(3)
     gradient = torch.randn(1, 16, 1)
     named = {"output gradient": gradient}
@@ -47,7 +47,7 @@ def functions() -> Figure:
 
 
 def graph() -> Figure:
-    """A convolution's part of the joint graph, before and after the pass."""
+    """Draw a convolution's part of the joint graph, before and after the pass."""
     figure, axes = _canvas(9.6, 4.4)
     axes.text(0.1, 4.15, "before", weight="bold", color=INK)
     _value(axes, 1.2, 3.5, "gO")
@@ -75,7 +75,7 @@ def graph() -> Figure:
 
 
 def fusion() -> Figure:
-    """Which kernels read and write the gradient and its pruned copy."""
+    """Draw which kernels read and write the gradient and its pruned copy."""
     figure, axes = _canvas(9.6, 5.6)
     for top, fused in ((5.35, False), (2.55, True)):
         kernels, memory = top - 0.65, top - 1.75
@@ -105,7 +105,7 @@ def fusion() -> Figure:
 
 
 def layers() -> Figure:
-    """The counted time of resnet50's input gradients on an H200, dense and pruned."""
+    """Draw the counted time of resnet50's input gradients on an H200, dense and pruned."""
     rates = roofline.attained(0.8, 0.9)["H200"]
     found = find_convolutions("resnet50", batch=256, size=224)
     costs = {c: roofline.costs(c, rates, speedup=2) for c in found if roofline.is_prunable(c)}

@@ -194,7 +194,8 @@ def test_readme_lists_every_option_with_its_default():
         for name, default in zip(names.split(", "), defaults.split(", "), strict=True):
             listed[name.strip("`").removeprefix("sdgp.")] = default.strip("`")
     defaults = dataclasses.asdict(sdgp_fx.SDGPConfig())
-    defaults |= {"include": ",".join(defaults["include"]), "exclude": "none"}
+    defaults |= {name: ",".join(defaults[name]) for name in ("targets", "include")}
+    defaults |= {"exclude": "none"}
     assert listed == {name: str(value) for name, value in defaults.items()}
 
 
