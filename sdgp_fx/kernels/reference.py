@@ -11,12 +11,38 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 # Uniform numbers are multiples of 2**-24: exact in float32, and below 1.
 UNIFORM_BITS = 24
+
+
+class Tolerance(NamedTuple):
+    """How far another implementation's values may be from those computed here.
+
+    The same values must be kept, and those that are kept unscaled must agree to the last bit.
+    Scaled ones may differ:
+
+    Attributes:
+        rtol: By one unit in the last place of the dtype. By several of float32, as sums over the
+            wider scopes run in another order, and a GPU divides to two units.
+        atol: By one unit of the subnormal numbers, which doesn't shrink with them.
+        group_rtol: As rtol, where no sum runs over more than one group.
+    """
+
+    rtol: float
+    atol: float
+    group_rtol: float
+
+
+TOLERANCES = {
+    torch.float32: Tolerance(rtol=2e-6, atol=1e-44, group_rtol=1e-6),
+    torch.bfloat16: Tolerance(rtol=2**-7, atol=1e-40, group_rtol=2**-7),
+    torch.float16: Tolerance(rtol=2**-10, atol=6e-8, group_rtol=2**-10),
+}
 
 
 def prune_nm(
