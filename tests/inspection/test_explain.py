@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import sdgp_fx
 from sdgp_fx import Explanation, explain
 from sdgp_fx.cli import main as command
-from sdgp_fx.cli.networks import Uninitialized
+from sdgp_fx.measurement.networks import Uninitialized
 from sdgp_fx.inspection.report import KEPT, NO_GRADIENT, NOT_COMPILED, NOT_RUN, SAVED
 
 BOTH = {"sdgp.targets": "conv,linear"}
