@@ -22,8 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import sdgp_fx
 from sdgp_fx import Explanation, explain
 from sdgp_fx.cli import main as command
-from sdgp_fx.measurement.networks import Uninitialized
 from sdgp_fx.inspection.report import KEPT, NO_GRADIENT, NOT_COMPILED, NOT_RUN, SAVED
+from sdgp_fx.measurement.networks import Uninitialized
 
 BOTH = {"sdgp.targets": "conv,linear"}
 
