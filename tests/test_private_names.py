@@ -36,7 +36,7 @@ PRIVATE = {
         "torch._inductor.cpp_builder": "get_cpp_compiler",
         "torch._inductor.exc": "InvalidCxxCompiler",
     },
-    "sdgp_fx/measurement/networks.py": {
+    "sdgp_fx/cli/networks.py": {
         "torch.nn.init": "_no_grad_trunc_normal_",
         "torch.utils._python_dispatch": "TorchDispatchMode",
     },
@@ -94,14 +94,14 @@ PRIVATE = {
         "torch._C._nn": "linear",
         "torch._functorch.eager_transforms": "_autograd_grad",
     },
-    "benchmarks/harness/architectures.py": {
+    "benchmarks/architectures.py": {
         "torch._subclasses.fake_tensor": "FakeCopyMode FakeTensorMode",
         "torch.utils._pytree": "tree_leaves",
     },
-    "benchmarks/harness/correctness.py": {
+    "benchmarks/correctness.py": {
         "torch._dynamo": "reset",
     },
-    "benchmarks/harness/gpu_codegen.py": {
+    "benchmarks/gpu_codegen.py": {
         "torch._C._ConvBackend": "Cudnn",
         "torch._C": (
             "_conv_determine_backend_memory_format _cuda_exchangeDevice "
