@@ -1,24 +1,19 @@
 """Inductor's lowering of sdgp::prune_nm: fused with what produces the gradient.
 
-Importing this module registers it. The functions of `reference` are written once more, over
-"group values": one value for each of the m channels of every group, in the shape that suits the
-code generator.
+Importing this module registers it. What is computed is said in `pruning_functions`; here are the
+loops around it, subclasses of Inductor's private IR.
 
-- Triton: `_Tile`. A group value is a tile [groups, m]; what belongs to a group as a whole, such
-  as its sum, is a reduction of a tile, [groups, 1]. The kernel then has the iteration space of
-  the pointwise kernel that produces the gradient, and the scheduler makes them one: the gradient
-  is pruned in registers, before it leaves for memory.
-- C++: `_Registers`. The loop runs over groups, and a group value is a list of m variables.
+- Triton: `TileLoops`. A tile [groups, m] has the iteration space of the pointwise kernel that
+  produces the gradient, and the scheduler makes the two one: the gradient is pruned in registers,
+  before it leaves for memory.
+- C++: `RegisterLoops`. The loop runs over groups, and its body has m values.
 
 Where `reason_not_fused` has a reason, the operator's own kernel is called.
-
-The loops are subclasses of Inductor's private IR, checked on torch 2.11, 2.14 and 2.15.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -28,25 +23,19 @@ import torch
 from torch import fx
 from torch._inductor import config, ir
 from torch._inductor.lowering import fallback_handler, register_lowering
-from torch._inductor.ops_handler import DefaultHandler
 from torch._inductor.runtime.hints import ReductionHint
 from torch._inductor.virtualized import V, ops
 from torch.utils._sympy.functions import FloorDiv, ModularIndexing
 
-from ..config import MAX_M
 from ..kernels.op import PRUNE_NM
-from ..kernels.reference import UNIFORM_BITS
-from .scheduler_patch import keep_order
+from .pruning_functions import Index, Registers, Tile, Variable, count_operations, prune_group
+from .scheduler_patch import keep_ordering_dependencies
 
-keep_order()
-
-Index = Sequence[Any]  # of sympy expressions
-Variable = Any  # of the generated code
-GroupValue = Any  # a variable, or a list of m
+keep_ordering_dependencies()
 
 
 def reason_not_fused(grad_output: ir.TensorBox, prune: str, rescale: str) -> str:
-    """Why the operator's own kernel is called; "" if it is not."""
+    """Return why the operator's own kernel is called; "" if it is not."""
     if prune == "rescaled_magnitude" and rescale != "group":
         return "the factor needs sums over more than a group"
     if grad_output.get_dtype() == torch.float64:
@@ -92,7 +81,7 @@ def _prune_nm(
     dtype, size = grad_output.get_dtype(), grad_output.get_size()
 
     def draw(index: Index) -> tuple[Variable, Variable]:
-        """The seed, and the number of the group at index in channels-last order."""
+        """Return the seed, and the number of the group at index in channels-last order."""
         assert seed is not None
         sample, channel_group, *position = index
         numbers, number = (sample, *position, channel_group), sympy.S.Zero
@@ -102,12 +91,13 @@ def _prune_nm(
         return load([sympy.S.Zero] * len(seed.get_size())), ops.index_expr(number, torch.int64)
 
     on_gpu = grad_output.get_device_or_error().type == "cuda"
-    prune_group = functools.partial(_prune_group, n, m, prune, dtype, draw)
+    prune_values = functools.partial(prune_group, n, m, prune, dtype, draw)
     data: ir.Loops
     if on_gpu:
-        data = TileLoops.over(grad_output, m, prune_group)
+        data = TileLoops.over(grad_output, m, prune_values)
     else:
-        data = RegisterLoops.over(grad_output, m, prune_group, _operations(n, m, prune, dtype))
+        operations = count_operations(n, m, prune, dtype)
+        data = RegisterLoops.over(grad_output, m, prune_values, operations)
     buffer = ir.ComputedBuffer(name=None, layout=_dense_layout(grad_output, order), data=data)
     buffer.name = V.graph.register_buffer(buffer)
     V.graph.register_operation(buffer)
@@ -118,10 +108,11 @@ def _prune_nm(
 
 
 def _decide_stride_order(node: fx.Node) -> Sequence[int]:
-    """That of the input gradients computed from node, if they are its only use; and record it.
+    """Decide node's stride order, and record it.
 
-    The recorded strides are those of an eager run. A convolution's kernel wants those of its
-    result, and Inductor makes a copy of what has others on record (checked on torch 2.14).
+    It is that of the input gradients computed from node, if they are its only use. The recorded
+    strides are those of an eager run. A convolution's kernel wants those of its result, and
+    Inductor makes a copy of what has others on record.
     """
     recorded, shape_env = node.meta["val"], V.graph.sizevars.shape_env
     order = ir.get_stride_order(recorded.stride(), shape_env)
@@ -189,15 +180,16 @@ class TileLoops(ir.Sort):
 
     @classmethod
     def over(
-        cls, grad_output: ir.TensorBox, m: int, prune_group: Callable[..., Variable]
+        cls, grad_output: ir.TensorBox, m: int, prune_values: Callable[..., Variable]
     ) -> TileLoops:
+        """Make the loops over a gradient; prune_values prunes a group, see `prune_group`."""
         load, dtype = _stored(grad_output), grad_output.get_dtype()
         ranges = _groups(grad_output, m)
 
         def value(index: Index) -> Variable:
             group = [index[0], FloorDiv(index[1], m), *index[2:]]
-            tile = _Tile(m, ModularIndexing(index[1], 1, m))
-            return prune_group(tile, load(index), group)
+            tile = Tile(m, ModularIndexing(index[1], 1, m))
+            return prune_values(tile, load(index), group)
 
         return cls(
             device=grad_output.get_device_or_error(),
@@ -235,21 +227,26 @@ class RegisterLoops(ir.Pointwise):
         cls,
         grad_output: ir.TensorBox,
         m: int,
-        prune_group: Callable[..., list[Variable]],
+        prune_values: Callable[..., list[Variable]],
         operations: int,
     ) -> RegisterLoops:
-        """operations: how many prune_group has."""
+        """Make the loops over a gradient.
+
+        Args:
+            prune_values: Prunes a group, see `prune_group`.
+            operations: How many operations prune_values has.
+        """
         load = grad_output.make_loader()
         # Loops are not vectorized if 12% of their operations access memory with a stride, which
-        # 2m do in channels_last (checked on torch 2.11, 2.14 and 2.15). Without vectors a prune
-        # takes several times as long; an identity counts, and generates no code.
+        # 2m do in channels_last. Without vectors a prune takes several times as long; an identity
+        # counts, and generates no code.
         wanted = math.ceil(2 * m / 0.12) + 1
 
         def values(group: Index) -> list[Variable]:
             gradient = [load(index) for index in _channels(group, m)]
             for _ in range(wanted - 2 * m - operations):
                 gradient[0] = ops.identity(gradient[0])
-            return prune_group(_Registers(m), gradient, group)
+            return prune_values(Registers(m), gradient, group)
 
         return cls(
             device=grad_output.get_device_or_error(),
@@ -265,18 +262,18 @@ class RegisterLoops(ir.Pointwise):
 
 
 def _groups(grad_output: ir.TensorBox, m: int) -> list[Any]:
-    """Sizes of (samples, groups of channels, *spatial)."""
+    """Return the sizes of (samples, groups of channels, *spatial)."""
     samples, channels, *spatial = grad_output.get_size()
     return [samples, FloorDiv(channels, m), *spatial]
 
 
 def _channels(group: Index, m: int) -> list[Index]:
-    """The indices of a group's m values."""
+    """Return the indices of a group's m values."""
     return [[group[0], group[1] * m + i, *group[2:]] for i in range(m)]
 
 
 def _stored(grad_output: ir.TensorBox) -> Callable[[Index], Variable]:
-    """A loader in float32 that gives what is, or is about to be, in memory."""
+    """Return a loader in float32 that gives what is, or is about to be, in memory."""
     load, dtype = grad_output.make_loader(), grad_output.get_dtype()
     if dtype == torch.float32:
         return load
@@ -287,297 +284,3 @@ def _stored(grad_output: ir.TensorBox) -> Callable[[Index], Variable]:
         return ops.to_dtype(value, torch.float32, src_dtype=dtype)
 
     return rounded
-
-
-# Group values
-
-
-class _Tile:
-    """A group value is one variable, a tile [groups, m]; a variable of the group is [groups, 1]."""
-
-    def __init__(self, m: int, position: Any) -> None:
-        self.m = m
-        self.position = ops.index_expr(position, torch.int32)
-
-    def each(self, function: Callable[..., Variable], *values: GroupValue) -> GroupValue:
-        """function at every position, of group values and of variables of the group."""
-        return function(*values)
-
-    def total(self, values: GroupValue) -> Variable:
-        """The sum of m float32 values."""
-        return ops.reduction(torch.float32, torch.float32, "sum", values)
-
-    def spread(self, variables: list[Variable]) -> GroupValue:
-        """The group value of m variables."""
-        result = variables[-1]
-        for i in reversed(range(self.m - 1)):
-            result = ops.where(self._is_at(i), variables[i], result)
-        return result
-
-    def columns(self, values: GroupValue) -> list[Variable]:
-        """The m variables of a float32 group value: sums of it with zeros at other positions.
-
-        Of the bits, as the compiler knows x + 0 to be x for every integer x.
-        """
-        bits = ops.to_dtype_bitcast(values, torch.int32, torch.float32)
-        alone = [ops.where(self._is_at(i), bits, _int32(0)) for i in range(self.m)]
-        sums = [ops.reduction(torch.int32, torch.int32, "sum", column) for column in alone]
-        return [ops.to_dtype_bitcast(column, torch.float32, torch.int32) for column in sums]
-
-    def largest(self, scores: GroupValue, n: int, free_bits: bool) -> GroupValue:
-        """Mask of the n largest of int32 scores >= 0; of equal ones the lower position.
-
-        free_bits: whether the low bits of all scores are zero, enough of them for a position.
-
-        A reduction finds the largest, another the largest below that, and so on; or the smallest,
-        where fewer are dropped than kept.
-        """
-        dtype = torch.int32
-        if not free_bits:
-            dtype = torch.int64
-            scores = ops.mul(ops.to_dtype(scores, dtype), ops.constant(MAX_M, dtype))
-        last = ops.sub(_int32(self.m - 1), self.position)
-        keys = ops.bitwise_or(scores, ops.to_dtype(last, dtype))
-        drop = n > self.m - n
-        kind: Any = "min" if drop else "max"
-        further = ops.gt if drop else ops.lt
-        none = ops.constant(torch.iinfo(dtype).max if drop else -1, dtype)
-        bound = ops.reduction(dtype, dtype, kind, keys)
-        for _ in range(min(n, self.m - n) - 1):
-            rest = ops.where(further(keys, bound), keys, none)
-            bound = ops.reduction(dtype, dtype, kind, rest)
-        return ops.gt(keys, bound) if drop else ops.ge(keys, bound)
-
-    def _is_at(self, i: int) -> Variable:
-        return ops.eq(self.position, _int32(i))
-
-
-class _Registers:
-    """A group value is a list of m variables."""
-
-    def __init__(self, m: int) -> None:
-        self.m = m
-
-    def each(self, function: Callable[..., Variable], *values: GroupValue) -> GroupValue:
-        lists = [value if isinstance(value, list) else [value] * self.m for value in values]
-        return [function(*arguments) for arguments in zip(*lists, strict=True)]
-
-    def total(self, values: GroupValue) -> Variable:
-        return functools.reduce(ops.add, values)
-
-    def spread(self, variables: list[Variable]) -> GroupValue:
-        return variables
-
-    def columns(self, values: GroupValue) -> list[Variable]:
-        return values
-
-    def largest(self, scores: GroupValue, n: int, free_bits: bool) -> GroupValue:
-        """By rank: the number of scores that go before each.
-
-        Before i goes every j < i, unless i is larger, and every larger j > i.
-        """
-        pairs = itertools.combinations(range(self.m), 2)
-        larger = {(i, j): ops.to_dtype(ops.lt(scores[i], scores[j]), torch.int32) for i, j in pairs}
-        keep = []
-        for i in range(self.m):
-            after = [larger[i, j] for j in range(i + 1, self.m)] or [_int32(0)]
-            rank_less_i = functools.reduce(ops.add, after)
-            for j in range(i):
-                rank_less_i = ops.sub(rank_less_i, larger[j, i])
-            keep.append(ops.lt(rank_less_i, _int32(n - i)))
-        return keep
-
-
-class _Counter(DefaultHandler):
-    """Counts operations, without constants."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def _default(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self.count += name != "constant"
-        return name
-
-
-@functools.cache
-def _operations(n: int, m: int, prune: str, dtype: torch.dtype) -> int:
-    """How many operations a group takes in registers, once it has its values and its draw."""
-    counter = _Counter()
-    with V.set_ops_handler(counter):
-        _prune_group(n, m, prune, dtype, lambda index: ("", ""), _Registers(m), [""] * m, [])
-    return counter.count
-
-
-# The functions of `reference`
-
-
-def _prune_group(
-    n: int,
-    m: int,
-    prune: str,
-    dtype: torch.dtype,
-    draw: Callable[[Index], tuple[Variable, Variable]],
-    group: _Tile | _Registers,
-    values: GroupValue,
-    index: Index,
-) -> GroupValue:
-    """draw: seed and number of the group at index."""
-    if n == m:
-        result = values
-    elif prune == "magnitude":
-        keep = _magnitude_keep(group, group.each(ops.abs, values), n, dtype)
-        result = _kept(group, keep, values)
-    elif prune == "rescaled_magnitude":
-        result = _rescaled_magnitude(group, values, n, dtype)
-    elif prune == "random":
-        result = _kept(group, _random_keep(group, *draw(index), n), values)
-    else:
-        uniform = ops.bitwise_right_shift(_philox(*draw(index), 0)[0], _int64(32 - UNIFORM_BITS))
-        result = _mvue(group, values, ops.to_dtype(uniform, torch.int32), n, dtype)
-    if dtype == torch.float32:
-        return result
-    return group.each(lambda value: ops.to_dtype(value, dtype), result)
-
-
-def _magnitude_keep(
-    group: _Tile | _Registers, size: GroupValue, n: int, dtype: torch.dtype
-) -> GroupValue:
-    """Of size |g|. Its bits compare as it does, and those of NaN are above infinity's."""
-
-    def bits(size: Variable) -> Variable:
-        return ops.to_dtype_bitcast(size, torch.int32, torch.float32)
-
-    # A 16-bit value leaves at least 13 bits of the float32 zero.
-    return group.largest(group.each(bits, size), n, free_bits=dtype.itemsize == 2)
-
-
-def _random_keep(group: _Tile | _Registers, seed: Variable, number: Variable, n: int) -> GroupValue:
-    words = [_philox(seed, number, block) for block in range(-(-group.m // 4))]
-
-    def score(word: Variable) -> Variable:
-        high = ops.bitwise_right_shift(word, _int64(6))
-        return ops.to_dtype(ops.mul(high, _int64(MAX_M)), torch.int32)
-
-    scores = [score(word) for word in itertools.chain(*words)][: group.m]
-    return group.largest(group.spread(scores), n, free_bits=True)
-
-
-def _rescaled_magnitude(
-    group: _Tile | _Registers, values: GroupValue, n: int, dtype: torch.dtype
-) -> GroupValue:
-    size = group.each(ops.abs, values)
-    keep = _magnitude_keep(group, size, n, dtype)
-    factor = ops.truediv(group.total(size), group.total(_kept(group, keep, size)))
-    factor = ops.where(_is_finite(factor), factor, _float32(1))
-    return _kept(group, keep, group.each(ops.mul, values, factor))
-
-
-def _mvue(
-    group: _Tile | _Registers,
-    values: GroupValue,
-    uniform: Variable,
-    n: int,
-    dtype: torch.dtype,
-) -> GroupValue:
-    zero, one = _float32(0), _float32(1)
-
-    def joins(size: Variable, room: Variable, rest: Variable) -> Variable:
-        return ops.logical_and(ops.gt(size, zero), ops.ge(ops.mul(room, size), rest))
-
-    size = group.each(ops.abs, values)
-    room, rest = _float32(n), group.total(size)
-    finite = _is_finite(rest)
-    certain, uncertain = None, size
-    for _ in range(n):
-        joining = group.each(joins, size, room, rest)
-        certain = joining if certain is None else group.each(ops.logical_or, certain, joining)
-        uncertain = group.each(ops.where, certain, zero, size)
-        room = group.total(group.each(ops.where, certain, zero, one))
-        room = ops.sub(room, _float32(group.m - n))
-        rest = group.total(uncertain)
-
-    # Prefix sums from the lowest channel up; their last is the sum that they have to reach.
-    prefixes = list(itertools.accumulate(group.columns(uncertain), ops.add))
-    rest = prefixes[-1]
-    some = ops.logical_and(finite, ops.gt(rest, zero))
-    density = ops.truediv(room, ops.where(some, rest, one))
-    sampled, before = [], ops.bitwise_right_shift(ops.sub(_int32(0), uniform), _int32(UNIFORM_BITS))
-    for prefix in prefixes:
-        share = ops.minimum(ops.mul(prefix, density), room)
-        share = ops.where(ops.eq(prefix, rest), room, share)
-        share = ops.mul(ops.where(some, share, zero), _float32(2**UNIFORM_BITS))
-        units = ops.sub(ops.to_dtype(share, torch.int32), uniform)
-        passed = ops.bitwise_right_shift(units, _int32(UNIFORM_BITS))
-        sampled.append(ops.gt(passed, before))
-        before = passed
-
-    def unbiased(
-        value: Variable, certain: Variable, sampled: Variable, by_magnitude: Variable
-    ) -> Variable:
-        signed = ops.where(ops.lt(value, zero), ops.neg(step), step)
-        drawn = ops.where(sampled, signed, zero)
-        result = ops.where(certain, value, drawn)
-        return ops.where(finite, result, ops.where(by_magnitude, value, zero))
-
-    step = ops.truediv(rest, room)
-    by_magnitude = _magnitude_keep(group, size, n, dtype)
-    return group.each(unbiased, values, certain, group.spread(sampled), by_magnitude)
-
-
-def _kept(group: _Tile | _Registers, keep: GroupValue, values: GroupValue) -> GroupValue:
-    """values, and 0 where keep is false."""
-    return group.each(ops.where, keep, values, _float32(0))
-
-
-def _is_finite(value: Variable) -> Variable:
-    """Of a value that is not negative. NaN isn't."""
-    return ops.lt(value, _float32(float("inf")))
-
-
-def _philox(seed: Variable, number: Variable, block: int) -> list[Variable]:
-    """reference.philox, of int64 variables."""
-    low = _int64(0xFFFFFFFF)
-    key = [ops.bitwise_and(seed, low), _high(seed)]
-    counter = [ops.bitwise_and(number, low), _high(number), _int64(block), _int64(0)]
-    for _ in range(10):
-        low_0, high_0 = _multiply(0xD2511F53, counter[0])
-        low_2, high_2 = _multiply(0xCD9E8D57, counter[2])
-        counter = [
-            ops.bitwise_xor(ops.bitwise_xor(high_2, counter[1]), key[0]),
-            low_2,
-            ops.bitwise_xor(ops.bitwise_xor(high_0, counter[3]), key[1]),
-            low_0,
-        ]
-        key = [
-            ops.bitwise_and(ops.add(word, _int64(step)), low)
-            for word, step in zip(key, (0x9E3779B9, 0xBB67AE85), strict=True)
-        ]
-    return counter
-
-
-def _high(value: Variable) -> Variable:
-    """Bits 32 to 63 of an int64."""
-    return ops.bitwise_and(ops.bitwise_right_shift(value, _int64(32)), _int64(0xFFFFFFFF))
-
-
-def _multiply(factor: int, word: Variable) -> tuple[Variable, Variable]:
-    """Low and high 32 bits of factor * word.
-
-    factor - 2**32, for a factor above 2**31, is small enough to overflow no int64.
-    """
-    product = ops.mul(word, _int64(factor - 2**32))
-    high = ops.add(ops.bitwise_right_shift(product, _int64(32)), word)
-    low = _int64(0xFFFFFFFF)
-    return ops.bitwise_and(product, low), ops.bitwise_and(high, low)
-
-
-def _int32(value: int) -> Variable:
-    return ops.constant(value, torch.int32)
-
-
-def _int64(value: int) -> Variable:
-    return ops.constant(value, torch.int64)
-
-
-def _float32(value: float) -> Variable:
-    return ops.constant(float(value), torch.float32)

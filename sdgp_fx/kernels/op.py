@@ -1,4 +1,4 @@
-"""The operators sdgp::prune_nm and sdgp::channel_factor: schema, checks, kernels; `prune`."""
+"""The operators sdgp::prune_nm and sdgp::channel_factor, and `prune`, the function for users."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 from ..config import PRUNING_FUNCTIONS, RESCALE_SCOPES, check_choice, check_pattern
 from . import reference
 
-# Drawing from these needs a seed.
+# The pruning functions that draw random numbers, and need a seed.
 STOCHASTIC = ("random", "mvue")
 
 
 def supports_dtype(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether gradients of this dtype can be pruned on this device."""
+    """Return whether gradients of this dtype can be pruned on this device."""
     if dtype == torch.float64:
         return device.type == "cpu"
     return dtype in (torch.float32, torch.bfloat16, torch.float16)
@@ -33,13 +33,19 @@ def prune_nm(
 ) -> Tensor:
     """Keep n of every m consecutive channels of grad_output (McDanel et al. 2022, III-B).
 
-    grad_output: (N, C, *spatial), C / groups a multiple of m; float32, bfloat16, float16, or
-        float64 on the CPU; any strides. NCHW and channels-last are read in place.
-    seed: one int64 on grad_output's device, for "random" and "mvue"; None for the others.
-        The same seed draws the same numbers on every device and for all strides.
-    groups: of the convolution.
-    Returns a new tensor, shaped and strided as `torch.empty_like(grad_output)`.
-    Raises ValueError where an argument is not as described here and in SDGPConfig.
+    Args:
+        grad_output: (N, C, *spatial), C / groups a multiple of m; float32, bfloat16, float16, or
+            float64 on the CPU; any strides. NCHW and channels-last are read in place.
+        seed: One int64 on the device of grad_output, for "random" and "mvue"; None for the
+            others. The same seed draws the same numbers on every device and for all strides.
+        n, m, prune, rescale: As in `SDGPConfig`.
+        groups: Groups of channels that the layer convolves separately.
+
+    Returns:
+        A new tensor, shaped and strided as `torch.empty_like(grad_output)`.
+
+    Raises:
+        ValueError: An argument is not as described here and in `SDGPConfig`.
     """
     _check(grad_output, seed, n, m, prune, rescale, groups)
     return reference.prune_nm(grad_output, seed, n, m, prune, rescale)
@@ -64,11 +70,17 @@ def _(grad_output: Tensor, *settings: Any) -> Tensor:
 
 @torch.library.custom_op("sdgp::channel_factor", mutates_args=())
 def channel_factor(grad_output: Tensor, n: int, m: int) -> Tensor:
-    """What "rescaled_magnitude" with scope "channel" multiplies the kept values of a channel by.
+    """Compute what "rescaled_magnitude" with scope "channel" multiplies each channel by.
 
-    grad_output, n, m: as for sdgp::prune_nm; C a multiple of m.
-    Returns (C,), float32; float64 for a float64 gradient.
-    Raises ValueError where an argument is not as described here and in SDGPConfig.
+    Args:
+        grad_output: As for sdgp::prune_nm; C a multiple of m.
+        n, m: As in `SDGPConfig`.
+
+    Returns:
+        (C,), in float32; in float64 for a float64 gradient.
+
+    Raises:
+        ValueError: An argument is not as described here and in `SDGPConfig`.
     """
     _check_gradient(grad_output, n, m, groups=1)
     return reference.channel_factor(grad_output, n, m)
@@ -101,11 +113,22 @@ def prune(
     rescale: str = "group",
     groups: int = 1,
 ) -> Tensor:
-    """Prune an output gradient n:m along its channels; what the backend puts into the graph.
+    """Prune an output gradient n:m along its channels, as the backend does in the graph.
 
-    The arguments are those of `SDGPConfig` and, for grad_output and groups, of the operator
-    sdgp::prune_nm. "random" and "mvue" draw a seed from torch's default generator for the
-    device, so `torch.manual_seed` makes them repeat.
+    "random" and "mvue" draw a seed from torch's default generator for the device, so
+    `torch.manual_seed` makes them repeat.
+
+    Args:
+        grad_output: (N, C, *spatial), C / groups a multiple of m; float32, bfloat16, float16, or
+            float64 on the CPU; any strides.
+        n, m, prune, rescale: As in `SDGPConfig`.
+        groups: Groups of channels that the layer convolves separately.
+
+    Returns:
+        A new tensor, shaped and strided as `torch.empty_like(grad_output)`.
+
+    Raises:
+        ValueError: An argument is not as described here and in `SDGPConfig`.
 
     >>> prune(torch.tensor([[[1.0], [-4.0], [2.0], [3.0]]])).flatten()
     tensor([ 0.0000, -5.7143,  0.0000,  4.2857])

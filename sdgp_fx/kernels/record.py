@@ -1,4 +1,4 @@
-"""The operator sdgp::record: numbers of a compiled graph, handed to Python while it runs."""
+"""The operator sdgp::record: hand numbers from a running compiled graph to Python."""
 
 from __future__ import annotations
 
@@ -11,12 +11,18 @@ from torch import Tensor
 
 
 class Receiver(Protocol):
-    """Of what graphs record."""
+    """Take what graphs record."""
 
     def receive(self, layers: str, numbers: Tensor) -> None:
-        """Called at the time of the backward, from whatever thread runs it."""
+        """Take the numbers of one backward, on whatever thread runs it.
+
+        Args:
+            layers: As the graph gave it to the operator.
+            numbers: (count,), on the device that computed them; they may not be there yet.
+        """
 
 
+# By key. A receiver that is gone isn't called any more; graphs that record for it run on.
 receivers: WeakValueDictionary[str, Receiver] = WeakValueDictionary()
 
 
@@ -26,11 +32,12 @@ receivers: WeakValueDictionary[str, Receiver] = WeakValueDictionary()
     "sdgp::record", mutates_args={"numbers"}, tags=(torch.Tag.cudagraph_unsafe,)
 )
 def record(numbers: Sequence[Tensor], key: str, layers: str) -> None:
-    """Hand numbers to the receiver of this key, if there still is one.
+    """Hand numbers to a receiver, if there still is one, without waiting for the device.
 
-    numbers: of shape (), one dtype and device; the receiver gets a stacked copy, without waiting
-        for the device.
-    layers: says what they are of.
+    Args:
+        numbers: Of shape (), one dtype and device. The receiver gets a stacked copy.
+        key: The receiver's key in `receivers`.
+        layers: Names what the numbers are of, in words that the receiver understands.
     """
     receiver = receivers.get(key)
     if receiver is not None:

@@ -28,6 +28,8 @@ _WARPS = 4
 _THREADS = 32 * _WARPS
 # Programs that share the sums of scope "channel"; about four for each multiprocessor.
 _SUM_PROGRAMS = 512
+# What _prune_kernel has a branch for.
+_PRUNING_FUNCTIONS = ("random", "magnitude", "rescaled_magnitude", "mvue")
 # Fused multiply-adds would round otherwise than the reference, and choose otherwise.
 _LAUNCH = {"num_warps": _WARPS, "enable_fp_fusion": False}
 
@@ -37,7 +39,7 @@ _LAUNCH = {"num_warps": _WARPS, "enable_fp_fusion": False}
 
 @triton.jit
 def _unzip(x, M: tl.constexpr):
-    """[Q * M] to M tensors [Q]: the i-th of every M neighbours."""
+    """Take [Q * M] apart into M tensors [Q]: the i-th of every M neighbours."""
     if M == 1:
         return (x,)
     else:
@@ -52,7 +54,7 @@ def _unzip(x, M: tl.constexpr):
 
 @triton.jit
 def _zip(values, M: tl.constexpr):
-    """M tensors [Q] to [Q * M], the inverse of _unzip."""
+    """Join M tensors [Q] to [Q * M], the inverse of _unzip."""
     if M == 1:
         return values[0]
     else:
@@ -67,7 +69,7 @@ def _zip(values, M: tl.constexpr):
 
 @triton.jit
 def _merge(a, b, M: tl.constexpr):
-    """Two descending tuples of M keys to one of 2 * M (Batcher's odd-even merge)."""
+    """Merge two descending tuples of M keys into one of 2 * M (Batcher's odd-even merge)."""
     if M == 1:
         return (tl.maximum(a[0], b[0]), tl.minimum(a[0], b[0]))
     else:
@@ -93,7 +95,7 @@ def _merge(a, b, M: tl.constexpr):
 
 @triton.jit
 def _sort(keys, M: tl.constexpr):
-    """M keys in descending order."""
+    """Sort M keys in descending order."""
     if M == 1:
         return keys
     else:
@@ -107,7 +109,7 @@ def _sort(keys, M: tl.constexpr):
 
 @triton.jit
 def _sum(values, M: tl.constexpr):
-    """Sum of M tensors, one after the other."""
+    """Sum M tensors, one after the other."""
     total = values[0]
     for i in tl.static_range(1, M):
         total += values[i]
@@ -116,7 +118,7 @@ def _sum(values, M: tl.constexpr):
 
 @triton.jit
 def _where(masks, values, M: tl.constexpr):
-    """values where masks, else 0, for M pairs."""
+    """Select values where masks, else 0, for M pairs."""
     result = ()
     for i in tl.static_range(M):
         result = result + (tl.where(masks[i], values[i], 0.0),)
@@ -128,7 +130,7 @@ def _where(masks, values, M: tl.constexpr):
 
 @triton.jit
 def _largest(scores, N: tl.constexpr, M: tl.constexpr):
-    """Masks of the N largest of M integers in [0, 2**26); of equal ones the first is taken.
+    """Mask the N largest of M integers in [0, 2**26); of equal ones the first is taken.
 
     The low five bits of a key are the channel, so no two are equal. The compiler drops what
     the N-th place doesn't need of the sort.
@@ -145,7 +147,7 @@ def _largest(scores, N: tl.constexpr, M: tl.constexpr):
 
 @triton.jit
 def _largest_wide(scores, N: tl.constexpr, M: tl.constexpr):
-    """As _largest, for integers in [0, 2**31), which leave no room for the channel in 32 bits."""
+    """Mask as _largest, for integers in [0, 2**31), which leave no room for the channel."""
     last = _sort(scores, M)[N - 1]
     room = tl.zeros_like(last) + N
     for i in tl.static_range(M):
@@ -160,7 +162,7 @@ def _largest_wide(scores, N: tl.constexpr, M: tl.constexpr):
 
 @triton.jit
 def _magnitude_keep(values, N: tl.constexpr, M: tl.constexpr):
-    """Masks of the N largest |g|, compared as integers; every NaN is one above infinity."""
+    """Mask the N largest |g|, compared as integers; every NaN is one above infinity."""
     scores = ()
     if values[0].dtype == tl.float32:
         for i in tl.static_range(M):
@@ -177,7 +179,7 @@ def _magnitude_keep(values, N: tl.constexpr, M: tl.constexpr):
 
 @triton.jit
 def _random_keep(seed, index, N: tl.constexpr, M: tl.constexpr):
-    """Masks of the N largest of M random words, four of them from each call of Philox."""
+    """Mask the N largest of M random words, four of them from each call of Philox."""
     scores = ()
     for block in tl.static_range((M + 3) // 4):
         words = _philox(seed, index, block)
@@ -188,7 +190,7 @@ def _random_keep(seed, index, N: tl.constexpr, M: tl.constexpr):
 
 @triton.jit
 def _philox(seed, index, BLOCK: tl.constexpr):
-    """Four random words for the 64-bit indices of groups."""
+    """Draw four random words for the 64-bit indices of groups."""
     index = index.to(tl.int64)
     low = (index & 0xFFFFFFFF).to(tl.uint32)
     high = (index >> 32).to(tl.uint32)
@@ -200,7 +202,7 @@ def _philox(seed, index, BLOCK: tl.constexpr):
 
 @triton.jit
 def _rescale_factor(total, kept):
-    """total / kept, and 1 where nothing is kept or a sum overflows.
+    """Compute total / kept, and 1 where nothing is kept or a sum overflows.
 
     A GPU's division may give 0 for a divisor above 2**126: the true factor is at least 1.
     """
@@ -210,7 +212,7 @@ def _rescale_factor(total, kept):
 
 @triton.jit
 def _mvue(values, magnitude_keep, size, uniform, N: tl.constexpr, M: tl.constexpr):
-    """reference.mvue, step by step; size: |g| in float32."""
+    """Prune as reference.mvue does, step by step; size is |g| in float32."""
     rest = _sum(size, M)
     finite = rest < float("inf")
     room = tl.zeros_like(rest) + N
@@ -254,7 +256,7 @@ def _mvue(values, magnitude_keep, size, uniform, N: tl.constexpr, M: tl.constexp
 
 @triton.jit
 def _sizes(values, M: tl.constexpr):
-    """|g| in float32."""
+    """Compute |g| in float32."""
     result = ()
     for i in tl.static_range(M):
         result = result + (tl.abs(values[i].to(tl.float32)),)
@@ -263,7 +265,7 @@ def _sizes(values, M: tl.constexpr):
 
 @triton.jit
 def _scale(values, factors, M: tl.constexpr):
-    """values * factors in float32, rounded to the values' type."""
+    """Multiply values by factors in float32, rounded to the values' type."""
     result = ()
     for i in tl.static_range(M):
         scaled = values[i].to(tl.float32) * factors[i]
@@ -289,7 +291,7 @@ def _prune_kernel(
     CHANNELS_LAST: tl.constexpr,
     BLOCK: tl.constexpr,  # of size
 ):
-    """Everything that needs one group at a time. Grid: (ceil(size / BLOCK),)."""
+    """Prune where one group at a time is all that is needed. Grid: (ceil(size / BLOCK),)."""
     # size comes with 32 bits where they suffice, which keeps the divisions below cheap.
     start = tl.program_id(0).to(size.dtype) * BLOCK
     place = start + tl.arange(0, BLOCK)
@@ -309,30 +311,31 @@ def _prune_kernel(
         blocks = channels // M
         index = (plane // blocks * spatial + position) * blocks + plane % blocks
 
-    if PRUNE == "random":
+    if PRUNE == "magnitude":
+        result = _where(_magnitude_keep(values, N, M), values, M)
+    elif PRUNE == "rescaled_magnitude":
+        keep = _magnitude_keep(values, N, M)
+        factors = ()
+        if factor_ptr is None:
+            sizes = _sizes(values, M)
+            factor = _rescale_factor(_sum(sizes, M), _sum(_where(keep, sizes, M), M))
+            for _ in tl.static_range(M):
+                factors = factors + (factor,)
+        elif CHANNELS_LAST:
+            factors = _unzip(tl.load(factor_ptr + place % channels), M)
+        else:
+            for i in tl.static_range(M):
+                channel = plane % blocks * M + i
+                factors = factors + (tl.load(factor_ptr + channel),)
+        result = _where(keep, _scale(values, factors, M), M)
+    elif PRUNE == "random":
         result = _where(_random_keep(tl.load(seed_ptr), index, N, M), values, M)
     else:
+        tl.static_assert(PRUNE == "mvue", "unknown pruning function")
         keep = _magnitude_keep(values, N, M)
-        if PRUNE == "magnitude":
-            result = _where(keep, values, M)
-        else:
-            sizes = _sizes(values, M)
-            if PRUNE == "mvue":
-                words = _philox(tl.load(seed_ptr), index, 0)
-                result = _mvue(values, keep, sizes, (words[0] >> 8).to(tl.int32), N, M)
-            else:
-                factors = ()
-                if factor_ptr is None:
-                    factor = _rescale_factor(_sum(sizes, M), _sum(_where(keep, sizes, M), M))
-                    for _ in tl.static_range(M):
-                        factors = factors + (factor,)
-                elif CHANNELS_LAST:
-                    factors = _unzip(tl.load(factor_ptr + place % channels), M)
-                else:
-                    for i in tl.static_range(M):
-                        channel = plane % blocks * M + i
-                        factors = factors + (tl.load(factor_ptr + channel),)
-                result = _where(keep, _scale(values, factors, M), M)
+        words = _philox(tl.load(seed_ptr), index, 0)
+        uniform = (words[0] >> 8).to(tl.int32)
+        result = _mvue(values, keep, _sizes(values, M), uniform, N, M)
 
     if CHANNELS_LAST:
         tl.store(out_ptr + place, _zip(result, M), mask=mask)
@@ -352,7 +355,10 @@ def _tile(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Offsets in a sample of ROWS positions from row on and COLUMNS channels, and which exist."""
+    """Address ROWS positions of a sample from row on and COLUMNS channels.
+
+    Returns their offsets in the sample, and a mask of those that exist.
+    """
     if CHANNELS_LAST:
         place = tl.arange(0, ROWS * COLUMNS)
         position = row + place // COLUMNS
@@ -367,7 +373,7 @@ def _tile(
 
 @triton.jit
 def _load_tile(x_ptr, offsets, mask, spatial, M: tl.constexpr, CHANNELS_LAST: tl.constexpr):
-    """A tile [ROWS * COLUMNS], the channels of a position side by side."""
+    """Load a tile [ROWS * COLUMNS], the channels of a position side by side."""
     if CHANNELS_LAST:
         return tl.load(x_ptr + offsets, mask=mask, other=0.0)
     else:
@@ -392,7 +398,7 @@ def _scope_sums(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """sum |g| and sum |kept g| of COLUMNS channels over the positions begin to end of a sample."""
+    """Compute sum |g| and sum |kept g| of COLUMNS channels over positions [begin, end)."""
     total = tl.zeros((ROWS * COLUMNS,), tl.float32)
     kept = tl.zeros((ROWS * COLUMNS,), tl.float32)
     for row in range(begin, end, ROWS):
@@ -421,7 +427,10 @@ def _feature_map_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Rescaled magnitude, scope "feature_map". Grid: (samples, ceil(channels / COLUMNS))."""
+    """Prune by rescaled magnitude, scope "feature_map".
+
+    Grid: (samples, ceil(channels / COLUMNS)).
+    """
     sample = tl.program_id(0).to(tl.int64) * channels * spatial
     first_channel = tl.program_id(1) * COLUMNS
     total, kept = _scope_sums(
@@ -458,7 +467,7 @@ def _channel_sums_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Parts of the sums of scope "channel".
+    """Compute parts of the sums of scope "channel".
 
     Grid: (samples * ceil(spatial / chunk), ceil(channels / COLUMNS)).
     """
@@ -484,10 +493,21 @@ def _channel_sums_kernel(
 def prune_nm(
     grad_output: Tensor, seed: Tensor | None, n: int, m: int, prune: str, rescale: str
 ) -> Tensor:
-    """As reference.prune_nm, for float32, bfloat16 and float16 on a GPU.
+    """Prune as `reference.prune_nm` does, in float32, bfloat16 and float16 on a GPU.
 
     Gradients that are neither channels last nor contiguous are copied once before and after.
+
+    Args:
+        grad_output, seed, n, m, prune, rescale: As for `reference.prune_nm`.
+
+    Returns:
+        As `reference.prune_nm`.
+
+    Raises:
+        ValueError: There is no such pruning function.
     """
+    if prune not in _PRUNING_FUNCTIONS:
+        raise ValueError(f"prune: the Triton kernels have no pruning function {prune!r}")
     out = torch.empty_like(grad_output)
     if n == m:
         return out.copy_(grad_output)
@@ -505,9 +525,15 @@ def prune_nm(
 
 
 def channel_factor(grad_output: Tensor, n: int, m: int) -> Tensor:
-    """As reference.channel_factor, for float32, bfloat16 and float16 on a GPU.
+    """Compute what `reference.channel_factor` does, in float32, bfloat16 and float16 on a GPU.
 
     Gradients that are neither channels last nor contiguous are copied once before.
+
+    Args:
+        grad_output, n, m: As for `reference.channel_factor`.
+
+    Returns:
+        (C,), in float32.
     """
     samples, channels = grad_output.shape[:2]
     if grad_output.numel() == 0:
@@ -560,10 +586,11 @@ def _prune_dense(
 
 
 def group_block(m: int, channels_last: bool, wide: bool = False) -> int:
-    """BLOCK of the kernel for one group at a time: values in channels last, groups in NCHW.
+    """Return BLOCK of `_prune_kernel`: values in channels last, groups in NCHW.
 
-    wide: the sizes need 64 bits. So do then the positions in the planes, in registers that "mvue"
-    has not got to spare (Triton 3.8 spills some).
+    Args:
+        wide: Whether the sizes need 64 bits. So do then the positions in the planes, in registers
+            that "mvue" has not got to spare (Triton 3.8 spills some).
     """
     if channels_last:
         return max(_TILE, _THREADS * m)
@@ -571,6 +598,6 @@ def group_block(m: int, channels_last: bool, wide: bool = False) -> int:
 
 
 def scope_tile(m: int, channels: int, channels_last: bool) -> tuple[int, int]:
-    """ROWS and COLUMNS of a tile of the kernels for larger scopes."""
+    """Return ROWS and COLUMNS of a tile of the kernels for the wider scopes."""
     columns = max(m, min(64, triton.next_power_of_2(channels))) if channels_last else m
     return max(_TILE, _THREADS * m) // columns, columns

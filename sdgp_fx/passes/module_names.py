@@ -9,11 +9,14 @@ from torch import fx
 
 
 def module_roots(gm: fx.GraphModule) -> frozenset[str]:
-    """The outermost modules that hold parameters of a graph of Dynamo's, as paths of Dynamo's.
+    """Find the outermost modules that hold parameters of a graph of Dynamo's.
 
     A parameter's source is a path that says which of its parts are modules:
     "L['trainer'].model._modules['layer1']._parameters['weight']". That it is an attribute of the
-    placeholder is private (checked on torch 2.11 and 2.14); one that Dynamo has not made has none.
+    placeholder is private; a placeholder that Dynamo has not made has none.
+
+    Returns:
+        Paths of Dynamo's, as in `module_name`.
     """
     inputs = gm.graph.find_nodes(op="placeholder")
     sources = filter(None, (getattr(node, "_dynamo_source", None) for node in inputs))
@@ -22,25 +25,28 @@ def module_roots(gm: fx.GraphModule) -> frozenset[str]:
 
 
 def module_of(node: fx.Node, roots: Collection[str] = ()) -> str:
-    """The module that a node of the backward belongs to: the innermost of the forward's stack.
+    """Return the module that a node of the backward belongs to.
 
-    roots: of the graph's modules, as for `module_name`.
+    It is the innermost of the forward's stack; "" if there is none on record.
+
+    Args:
+        roots: As for `module_name`.
     """
     stack = node.meta.get("fwd_nn_module_stack")
     return module_name(list(stack.values())[-1][0], roots) if stack else ""
 
 
 def module_name(path: str, roots: Collection[str] = ()) -> str:
-    """A name of `named_modules()` from a path of Dynamo's.
+    """Return the name in `named_modules()` for a path of Dynamo's.
 
-    The paths (checked on torch 2.11, 2.14 and 2.15) are Python expressions that begin with a
-    variable: "L['self'].layer1.0.conv1", "getattr(L['self'].layer1, '0').conv1" or
-    "L['model']._modules['layer1'].conv1". A module within that was itself compiled has a wrapper,
-    "_orig_mod"; one that keeps a bound method of its own as an attribute, as some do with their
-    forward, is found by way of that, "__self__".
+    The paths are Python expressions that begin with a variable: "L['self'].layer1.0.conv1",
+    "getattr(L['self'].layer1, '0').conv1" or "L['model']._modules['layer1'].conv1". A module within
+    that was itself compiled has a wrapper, "_orig_mod"; one that keeps a bound method of its own as
+    an attribute, as some do with their forward, is found by way of that, "__self__".
 
-    roots: the modules from which names start, as from `module_roots`; the outermost counts.
-        Below none of them, the variable is taken for the module.
+    Args:
+        roots: The modules from which names start, as from `module_roots`; the outermost counts.
+            Below none of them, the variable is taken for the module.
     """
     path = _with_dots(path)
     above = [root for root in roots if re.match(rf"{re.escape(root)}(?![^.\[])", path)]

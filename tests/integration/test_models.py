@@ -12,7 +12,7 @@ from sdgp_fx import graph_pass
 from sdgp_fx.config import INNER_COMPILERS
 from sdgp_fx.passes import decisions as why
 
-from ..helpers.definition import eager_sdgp
+from ..helpers.eager_sdgp import eager_sdgp
 
 timm = pytest.importorskip("timm", reason="needs timm")
 

@@ -19,7 +19,7 @@ from sdgp_fx.passes.convolutions import CONVOLUTION_BACKWARD
 from sdgp_fx.passes.prune_input_grads import prune_input_grads
 
 from ..helpers import by_hand, strategies
-from ..helpers.definition import eager_sdgp
+from ..helpers.eager_sdgp import eager_sdgp
 
 # The definition rounds a factor, g / pi and their product; the order of larger sums is free.
 TOLERANCE = {

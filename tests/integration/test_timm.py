@@ -17,7 +17,7 @@ from benchmarks.harness.rewrite import Original
 from sdgp_fx import graph_pass
 from sdgp_fx.passes.prune_input_grads import prune_input_grads
 
-from ..helpers.definition import eager_sdgp
+from ..helpers.eager_sdgp import eager_sdgp
 
 TARGETS = "conv,linear"
 OPTIONS = {"sdgp.inner": "aot_eager", "sdgp.targets": TARGETS}

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import sdgp_fx
 from sdgp_fx import graph_pass
 
-from ..helpers.definition import eager_sdgp
+from ..helpers.eager_sdgp import eager_sdgp
 
 TARGETS = "conv,linear"
 OPTIONS = {"sdgp.inner": "aot_eager", "sdgp.targets": TARGETS}

@@ -16,7 +16,7 @@ from sdgp_fx.passes.channels import COST
 from sdgp_fx.passes.convolutions import CONVOLUTION_BACKWARD
 from sdgp_fx.passes.prune_input_grads import prune_input_grads
 
-from ..helpers.definition import EagerSDGP
+from ..helpers.eager_sdgp import EagerSDGP
 from ..helpers.graphs import backward_of, copy_graph, gradients, joint_graph, random_inputs, run
 from ..kernels import test_statistics
 from ..kernels.test_statistics import assert_frequencies
