@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import sdgp_fx
-from benchmarks.gpu_codegen import generate
+from benchmarks.harness.gpu_codegen import generate
 
 from .compile_kernels import describe
 from .generated import kernels
@@ -51,7 +51,7 @@ def fused_kernels(prune, folder):
     generate(
         model,
         images,
-        lambda f: torch.compile(f, backend=sdgp_fx.sdgp, options={"sdgp.prune": prune}),
+        sdgp_fx.SDGPConfig(prune=prune),
         lambda graph, code: codes.append(code) if graph.is_backward else None,
     )
     torch._dynamo.reset()
