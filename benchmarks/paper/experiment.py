@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sdgp_fx import SDGPConfig, prune
+from sdgp_fx import SDGPConfig, prune, sdgp
 
 from ..harness.report import Report, Row, environment
 from ..harness.terminal import print_table, progress
@@ -54,7 +54,8 @@ class Setting:
         if self.scale != 1:
             return scaled(config, self.scale)
         options = {f"sdgp.{name}": getattr(config, name) for name in (*OPTIONS, "inner")}
-        return {"backend": "sdgp", "options": options}
+        # The function, as its name is only known where the package is installed.
+        return {"backend": sdgp, "options": options}
 
     def prune(self, gradient: Tensor) -> Tensor:
         """Prune elements of a gradient (N, C, *spatial) in eager mode, whatever the structure."""
