@@ -207,7 +207,8 @@ def describe(
         *((name, getattr(recipe, name), getattr(paper, name)) for name in _SHOWN),
         ("dtype", " and ".join(dtypes), paper.dtype),
     ]
-    return experiment.against_paper(facts)
+    is_fast = isinstance(recipe, fast.FastRecipe)
+    return experiment.against_paper(facts, "fast recipe" if is_fast else "paper")
 
 
 def share(text: str) -> float:

@@ -106,6 +106,8 @@ def run(
     ]
     if isinstance(recipe, FastRecipe):
         missing.sort(key=lambda pair: settings.index(pair[0]))
+    if not missing and path is not None and path.exists():
+        report.environment = json.loads(path.read_text())["environment"]
     ready: Setting | None = None
     with progress(len(missing) * math.ceil(recipe.epochs), estimate=True) as begin:
         for setting, seed in missing:
@@ -241,14 +243,15 @@ def show(rows: Sequence[Row], settings: Sequence[Setting]) -> None:
     )
 
 
-def against_paper(facts: Iterable[tuple[str, Any, Any]]) -> str:
-    """Say what was not done as in the paper.
+def against_paper(facts: Iterable[tuple[str, Any, Any]], paper: str = "paper") -> str:
+    """Say what was not done as in a paper.
 
     Args:
         facts: Names, what was done, and what the paper did.
+        paper: Its name.
     """
-    other = [f"{name} {own} (paper: {papers})" for name, own, papers in facts if own != papers]
-    return ", ".join(other) or "the paper's recipe"
+    other = [f"{name} {own} ({paper}: {theirs})" for name, own, theirs in facts if own != theirs]
+    return ", ".join(other) or f"all as in the {paper}"
 
 
 def mean(values: Sequence[float]) -> float:

@@ -345,7 +345,7 @@ def test_command(name, trained, tmp_path, monkeypatch, capsys):
     assert len(trained) == runs
     said = capsys.readouterr().out
     assert "training images 5 (paper: 50000), test images 10 (paper: 10000)" in said
-    assert "paper's recipe" not in said
+    assert "all as in the paper" not in said
 
 
 @pytest.mark.parametrize(
