@@ -1,9 +1,7 @@
-"""What "random" and "mvue" are on average, held against probabilities computed by hand.
+"""The means of "random" and "mvue" against probabilities computed by hand.
 
-Seeds are fixed, so that nothing here fails now and then. With a seed drawn anew, a right
-implementation would fail in this file with a probability below FALSE_ALARMS: every mean of N
-independent draws is compared with its expectation up to what Chernoff's bound allows (for 0 or
-1) or Hoeffding's (between two limits), and the rate is divided by the number of comparisons.
+Seeds are fixed, so that nothing here fails now and then; see `helpers.sampling` for how often it
+would otherwise.
 """
 
 import itertools
@@ -15,63 +13,25 @@ import torch
 from sdgp_fx.kernels import reference
 
 from ..helpers import by_hand
+from ..helpers.sampling import (
+    CASES,
+    DRAWS,
+    PATTERNS,
+    THRESHOLD,
+    assert_frequencies,
+    gradients,
+    probabilities,
+)
 
-FALSE_ALARMS = 1e-6
-COMPARISONS = 5000  # more than there are in this file
-THRESHOLD = math.log(2 * COMPARISONS / FALSE_ALARMS)
-DRAWS = 10_000
 SEED = torch.tensor([1234567890123456789])
-
-PATTERNS = [(1, 2), (2, 4), (3, 8), (16, 32)]
-
-
-def gradients(m):
-    """Groups of m, by what is in them."""
-    normal = torch.randn(m, generator=torch.Generator().manual_seed(m)).tolist()
-    zeros = [g if i % 3 else 0.0 for i, g in enumerate(normal)]
-    signs = [(-1.0) ** i for i in range(m)]
-    return {
-        "normal": normal,
-        "zeros": zeros,
-        "ties": [2 * sign for sign in signs],
-        "two sizes": [sign if i % 2 else 5 * sign for i, sign in enumerate(signs)],
-        "one of them": [0.0] * (m - 1) + [-3.0],
-        "one above all": [1e30, *normal[1:]],
-        "huge ratios": [sign * 10.0 ** (-30 + 60 * i // m) for i, sign in enumerate(signs)],
-    }
-
-
-CASES = [(n, m, kind) for n, m in PATTERNS for kind in gradients(2)]
 
 
 def draws(row, n, prune, seed=SEED, dtype=torch.float32):
-    """DRAWS unbiased prunings of a group, a row for each."""
+    """Prune a group DRAWS times without bias, a row for each."""
     m = len(row)
     x = torch.tensor(row, dtype=dtype).view(1, m, 1).expand(1, m, DRAWS)
     pruned = by_hand.groups(reference.prune_nm(x, seed, n, m, prune, "group"), m)
     return pruned * (m / n) if prune == "random" else pruned
-
-
-def probabilities(row, n, prune):
-    """Of being kept."""
-    if prune == "random":
-        return [n / len(row) if g else 0.0 for g in row]  # A zero isn't seen to be kept.
-    return [float(p) for p in by_hand.probabilities([abs(g) for g in row], n)]
-
-
-def divergence(q, p):
-    """Kullback-Leibler, of 0 or 1 with probability q from p; infinite for what can't be."""
-    if (q > 0 and p == 0) or (q < 1 and p == 1):
-        return math.inf
-    return sum(a * math.log(a / b) for a, b in ((q, p), (1 - q, 1 - p)) if a > 0)
-
-
-def assert_frequencies(happened, probabilities):
-    """happened: for each trial, a row of events."""
-    trials = len(happened)
-    frequencies = happened.double().mean(0).flatten().tolist()
-    for frequency, p in zip(frequencies, probabilities, strict=True):
-        assert trials * divergence(frequency, p) <= THRESHOLD
 
 
 @pytest.mark.parametrize(("n", "m", "kind"), CASES)
@@ -133,12 +93,12 @@ def test_groups_and_seeds_are_independent(prune):
 
 
 def variance(row, pi):
-    """Of an unbiased estimate that keeps g with probability pi."""
+    """Compute the variance of an unbiased estimate that keeps g with probability pi."""
     return sum(g * g * (1 / p - 1) for g, p in zip(row, pi, strict=True) if g)
 
 
 def other_probabilities(row, n):
-    """Of other unbiased estimates that keep n on average: none 0, none above 1."""
+    """Yield those of other unbiased estimates that keep n on average: none 0, none above 1."""
     yield probabilities([1.0] * len(row), n, "random")
     generator = torch.Generator().manual_seed(5)
     for exponent in (0.5, 0.9, 1.1, 2.0):
