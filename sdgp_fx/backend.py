@@ -20,7 +20,7 @@ from .passes.module_names import module_roots
 
 
 class InvalidOption(ValueError, ShortenTraceback):
-    """A ValueError that Dynamo passes on as it is.
+    """Reach the user of `torch.compile` as a ValueError.
 
     Any exception of a backend but a ShortenTraceback reaches the user as a
     BackendCompilerFailed, which is no ValueError.
@@ -39,12 +39,16 @@ def sdgp(
     name: str | None = None,
     monitor: str | None = None,
 ) -> Callable[..., Any]:
-    """Compile gm: what `torch.compile(model, backend="sdgp", mode=..., options=...)` calls.
+    """Compile a graph of Dynamo's, as `torch.compile(model, backend="sdgp")` does.
 
     Args:
+        gm, example_inputs: The graph and its inputs, as any backend gets them.
         options: "sdgp." keys as in `SDGPConfig`, other keys for Inductor.
         mode, name: Inductor's, as with `backend="inductor"`.
         monitor: As for `PruneInputGrads`, set by `sdgp_fx.monitor`.
+
+    Returns:
+        The compiled graph, to be called as gm is.
 
     Raises:
         ValueError: An option of ours is unknown or has a bad value. Raised before anything is
@@ -103,7 +107,7 @@ def _inductor(
 
 
 def aot_eager(rewrite: Callable[[fx.Graph], Any]) -> Callable[..., Any]:
-    """Return a backend: AOTAutograd as the stock "aot_eager" sets it up, and rewrite in between.
+    """Return a backend that is the stock "aot_eager", with rewrite in between.
 
     Args:
         rewrite: Gets every joint graph before its split, and every inference graph, to change it.

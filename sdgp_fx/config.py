@@ -21,6 +21,7 @@ _CHOICES = {
     "layers": LAYERS,
     "inner": INNER_COMPILERS,
 }
+_DEFAULT_PRUNE = {"element": "rescaled_magnitude", "channel": "magnitude"}
 MAX_M = 32
 
 _PREFIX = "sdgp."
@@ -66,7 +67,8 @@ class SDGPConfig:
         n, m: Of every m consecutive output channels n keep a nonzero gradient;
             1 <= n <= m <= 32, m a power of two. n = m prunes nothing.
         prune: "random", "magnitude", "rescaled_magnitude" or "mvue". By default
-            "rescaled_magnitude", with structure="channel" "magnitude".
+            "rescaled_magnitude", with structure="channel" "magnitude"; `dataclasses.replace` with
+            another structure takes prune=None for that structure's default.
         rescale: "group", "feature_map" or "channel": over what "rescaled_magnitude" keeps the
             L1 norm. The other functions don't read it.
         structure: "element", as in the paper, or "channel": whole channels of the batch, by their
@@ -97,9 +99,9 @@ class SDGPConfig:
 
     def __post_init__(self) -> None:
         check_pattern(self.n, self.m, _PREFIX)
+        check_choice(f"{_PREFIX}structure", self.structure, STRUCTURES)
         if self.prune is None:
-            default = "magnitude" if self.structure == "channel" else "rescaled_magnitude"
-            object.__setattr__(self, "prune", default)
+            object.__setattr__(self, "prune", _DEFAULT_PRUNE[self.structure])
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
             check_choice(f"{_PREFIX}{name}", value, choices)
@@ -157,6 +159,8 @@ class SDGPConfig:
                 values[name] = _integer(variable, text) if name in ("n", "m") else text
                 variables.append(f"{variable}={text}")
         try:
+            if "prune" in values:  # The class takes None for its default; an option is a name.
+                check_choice(f"{_PREFIX}prune", values["prune"], PRUNING_FUNCTIONS)
             return cls(**values), options
         except ValueError as error:
             if not variables:

@@ -49,7 +49,7 @@ class RewrittenGraph:
 
 
 class Observer(Protocol):
-    """Someone who is shown what the pass does."""
+    """Receive what the pass does."""
 
     def on_rewrite(self, rewritten: RewrittenGraph) -> None:
         """Take a joint graph that the pass has seen for the first time."""
@@ -58,13 +58,15 @@ class Observer(Protocol):
         """Learn that a compilation was served by a cache, and that the pass did not run."""
 
 
+# All who want to be shown; an observer adds itself, and has to remove itself.
 observers: list[Observer] = []
 
 
 class PruneInputGrads(CustomGraphPass):
-    """The pass as Inductor takes it.
+    """Run `prune_input_grads` as Inductor runs custom passes.
 
     Args:
+        config: What is pruned, and how.
         before: Passes that the user has put into the same place; they run first.
         roots: From `module_roots`, where the names of layers start.
         monitor: Key of the receiver of the statistics, as for `record_statistics`; None records
@@ -137,7 +139,9 @@ class PruneInputGrads(CustomGraphPass):
             before.append(_copy(graph))
         decisions = self._rewrite(graph)
         if before:
-            rewritten = RewrittenGraph(before[0], _copy(graph), tuple(decisions))
+            # Their layers' nodes are those of the graph itself, and would keep it alive.
+            decided = tuple(dataclasses.replace(decision, layer=None) for decision in decisions)
+            rewritten = RewrittenGraph(before[0], _copy(graph), decided)
             for observer in tuple(observers):
                 observer.on_rewrite(rewritten)
             log.debug("%s", rewritten.diff())

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from sdgp_fx import SDGPConfig
 from sdgp_fx.config import (
     INNER_COMPILERS,
+    LAYERS,
     PRUNING_FUNCTIONS,
     RESCALE_SCOPES,
     STRUCTURES,
@@ -19,8 +20,8 @@ def test_defaults_are_those_of_the_paper():
     config = SDGPConfig()
     assert (config.n, config.m) == (2, 4)
     assert (config.prune, config.rescale) == ("rescaled_magnitude", "group")
-    assert (config.targets, config.inner) == ("conv", "inductor")
-    assert config.structure == "element"
+    assert (config.targets, config.inner) == (("conv",), "inductor")
+    assert (config.structure, config.layers) == ("element", "all")
     assert (config.include, config.exclude) == (("*",), ())
 
 
@@ -55,9 +56,20 @@ def test_valid_patterns(n, m):
         ({"sdgp.n": [10**5000]}, "sdgp.n", "an int", "got <list object"),
         ({"sdgp.prune": "topk"}, "sdgp.prune", "'random', 'magnitude'", "got 'topk'"),
         ({"sdgp.prune": 3}, "sdgp.prune", "'mvue'", "got 3"),
+        ({"sdgp.prune": None}, "sdgp.prune", "'mvue'", "got None"),
         ({"sdgp.rescale": "layer"}, "sdgp.rescale", "'group', 'feature_map'", "got 'layer'"),
         ({"sdgp.structure": "row"}, "sdgp.structure", "'element', 'channel'", "got 'row'"),
+        ({"sdgp.structure": "channel_always"}, "sdgp.structure", "'element', 'channel'", "got"),
+        ({"sdgp.structure": np.zeros(3)}, "sdgp.structure", "'element', 'channel'", "got array"),
+        ({"sdgp.structure": None}, "sdgp.structure", "'element', 'channel'", "got None"),
+        ({"sdgp.layers": "some"}, "sdgp.layers", "'all', 'profitable'", "got 'some'"),
+        ({"sdgp.layers": True}, "sdgp.layers", "'all', 'profitable'", "got True"),
         ({"sdgp.targets": "attention"}, "sdgp.targets", "'conv'", "got 'attention'"),
+        ({"sdgp.targets": "conv,foo"}, "sdgp.targets", "'conv', 'linear'", "got 'conv,foo'"),
+        ({"sdgp.targets": ""}, "sdgp.targets", "'conv', 'linear', 'conv,linear'", "got ''"),
+        ({"sdgp.targets": []}, "sdgp.targets", "'conv', 'linear', 'conv,linear'", "got []"),
+        ({"sdgp.targets": True}, "sdgp.targets", "'conv', 'linear'", "got True"),
+        ({"sdgp.targets": None}, "sdgp.targets", "'conv', 'linear'", "got None"),
         ({"sdgp.inner": "eager"}, "sdgp.inner", "'inductor', 'aot_eager'", "got 'eager'"),
         ({"sdgp.exclude": 7}, "sdgp.exclude", "glob patterns", "got 7"),
         ({"sdgp.include": ["a", 1]}, "sdgp.include", "glob patterns", "got ['a', 1]"),
@@ -71,6 +83,50 @@ def test_errors_name_option_expectation_and_value(options, name, expected, got):
     assert message.startswith(f"{name}: ")
     assert expected in message
     assert got in message
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("conv", ("conv",)),
+        ("conv,linear", ("conv", "linear")),
+        ("linear, conv", ("conv", "linear")),
+        (["conv"], ("conv",)),
+        (("linear", "conv"), ("conv", "linear")),
+        (["linear", "linear"], ("linear",)),
+    ],
+)
+def test_targets_are_a_tuple_in_one_order(value, expected):
+    assert SDGPConfig(targets=value).targets == expected
+    assert SDGPConfig.from_options({"sdgp.targets": value}, environ={})[0].targets == expected
+    text = value if isinstance(value, str) else ",".join(value)
+    assert SDGPConfig.from_options(environ={"SDGP_TARGETS": text})[0].targets == expected
+
+
+@pytest.mark.parametrize(
+    ("structure", "prune"), [("element", "rescaled_magnitude"), ("channel", "magnitude")]
+)
+def test_default_of_prune_is_the_structures(structure, prune):
+    other = "mvue"
+    key, variable = {"sdgp.structure": structure}, {"SDGP_STRUCTURE": structure}
+    for options, environ in ((key, {}), ({}, variable), (key, {"SDGP_PRUNE": ""})):
+        assert SDGPConfig.from_options(options, environ)[0].prune == prune
+    for options, environ in (
+        ({**key, "sdgp.prune": other}, {}),
+        (key, {"SDGP_PRUNE": other}),
+        ({"sdgp.prune": other}, variable),
+        ({}, {**variable, "SDGP_PRUNE": other}),
+    ):
+        assert SDGPConfig.from_options(options, environ)[0].prune == other
+    config = SDGPConfig(structure=structure)
+    assert config == SDGPConfig(structure=structure, prune=None)
+    assert config == SDGPConfig(structure=structure, prune=prune)
+    assert repr(config) == repr(SDGPConfig(structure=structure, prune=prune))
+    # A resolved default is a value as any other.
+    for replaced in STRUCTURES:
+        assert dataclasses.replace(config, structure=replaced).prune == prune
+        again = dataclasses.replace(config, structure=replaced, prune=None)
+        assert again == SDGPConfig(structure=replaced)
 
 
 @pytest.mark.parametrize("inner", ["inductor", "aot_eager"])
@@ -140,6 +196,7 @@ def test_repr_tells_configs_apart():
     """The key of Inductor's caches is made of it."""
     assert repr(SDGPConfig()) != repr(SDGPConfig(n=1))
     assert repr(SDGPConfig()) != repr(SDGPConfig(structure="channel"))
+    assert repr(SDGPConfig()) != repr(SDGPConfig(layers="profitable"))
     assert repr(SDGPConfig(exclude="a")) == repr(SDGPConfig(exclude=("a",)))
 
 
@@ -149,9 +206,10 @@ CHOICES = {
     "prune": PRUNING_FUNCTIONS,
     "rescale": RESCALE_SCOPES,
     "structure": STRUCTURES,
-    "targets": TARGETS,
+    "layers": LAYERS,
     "inner": INNER_COMPILERS,
 }
+KINDS = (*TARGETS, "conv,linear", "linear, conv", ",conv,,")
 texts = st.text() | st.text(alphabet="*?[]!,.sdgp \t\n\0")
 values = st.recursive(
     st.one_of(
@@ -173,6 +231,7 @@ valid = {
     "n": st.integers(1, 4),
     "m": st.sampled_from([4, 8, 32]),
     **{name: st.sampled_from(choices) for name, choices in CHOICES.items()},
+    "targets": st.sampled_from(KINDS) | st.lists(st.sampled_from(TARGETS), min_size=1),
     "include": texts | st.lists(texts),
     "exclude": texts | st.tuples(texts),
 }
@@ -201,6 +260,13 @@ def is_ours(key):
     return isinstance(key, str) and key.startswith("sdgp.")
 
 
+def kinds(value):
+    """The parts of sdgp.targets; none of what is neither a string nor a sequence of them."""
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",") if part.strip()]
+    return value if isinstance(value, (list, tuple)) else []
+
+
 def fits(name, value, m):
     """Whether a field may have this value beside this m."""
     if name in ("n", "m"):
@@ -208,6 +274,8 @@ def fits(name, value, m):
         return is_int and (value in (1, 2, 4, 8, 16, 32) if name == "m" else 1 <= value <= m)
     if name in CHOICES:
         return isinstance(value, str) and value in CHOICES[name]
+    if name == "targets":
+        return bool(kinds(value)) and all(kind in TARGETS for kind in kinds(value))
     if isinstance(value, (list, tuple)):
         return name in valid and all(isinstance(part, str) for part in value)
     return name in valid and isinstance(value, str)
@@ -219,7 +287,7 @@ def refused(options):
     m = settings["sdgp.m"]
     m = m if fits("m", m, m) else 32
     bad = [key for key, value in settings.items() if not fits(key.removeprefix("sdgp."), value, m)]
-    whole_channels = options.get("sdgp.structure") in STRUCTURES[1:]
+    whole_channels = options.get("sdgp.structure") == "channel"
     if not bad and whole_channels and options.get("sdgp.rescale", "group") != "group":
         return ["sdgp.rescale"]
     return bad
@@ -250,6 +318,8 @@ def test_any_options_are_read_or_refused(ours, others):
     for key, value in ours.items():
         if isinstance(value, str) and key in ("sdgp.include", "sdgp.exclude"):
             value = [part.strip() for part in value.split(",") if part.strip()]
+        elif key == "sdgp.targets":
+            value = [kind for kind in TARGETS if kind in kinds(value)]
         read = fields[key.removeprefix("sdgp.")]
         assert read == (tuple(value) if isinstance(value, list) else value)
 

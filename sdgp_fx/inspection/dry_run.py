@@ -28,13 +28,18 @@ from torch.utils._pytree import tree_map_only
 
 aten = torch.ops.aten
 
-# Gets a graph of Dynamo's, its inputs, and the modules of the model that own some of these.
+# Takes a graph of Dynamo's, its inputs, and the names of the modules that own some of these.
 Backend = Callable[[fx.GraphModule, Sequence[Any], set[str]], Callable[..., Any]]
 
 
 @dataclasses.dataclass(frozen=True)
 class GraphBreak:
-    """Where Dynamo leaves the graph, and why; place is "" if it is not known."""
+    """A point at which Dynamo leaves the graph.
+
+    Attributes:
+        reason: Why.
+        place: "file.py:12 in forward"; "" if it is not known.
+    """
 
     reason: str
     place: str
@@ -45,12 +50,14 @@ class GraphBreak:
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """A convolution, or a linear layer's product, as it runs.
+    """A convolution, or a linear layer's matrix product, as it runs.
 
     Attributes:
-        module: The module whose parameter the weight is.
+        module: Name of the module whose parameter the weight is.
         kind: "conv" or "linear".
-        compiled: Whether a graph runs it, or eager mode.
+        compiled: Whether it runs in a graph; in eager mode otherwise.
+        input, weight, output: Fake tensors, the weight as the product reads it.
+        groups, transposed: Those of the convolution.
     """
 
     module: str
@@ -67,11 +74,11 @@ class DryRun(FakeTensorMode):
     """Run a model on tensors that have shapes and no values.
 
     Args:
-        on_product: Gets every product with a parameter of the model, as it runs.
+        on_product: Called with every product with a parameter of the model, as it runs.
 
     Attributes:
-        in_eager, in_graphs: The modules whose parameters eager mode, and graphs, have used.
-        graph_breaks: Those that Dynamo has told of.
+        in_eager, in_graphs: Names of the modules whose parameters eager mode, and graphs, used.
+        graph_breaks: The graph breaks that Dynamo has reported.
         has_guessed: Whether the model asked for a tensor's value, and got 1.
     """
 
@@ -89,8 +96,12 @@ class DryRun(FakeTensorMode):
     def run(self, model: nn.Module, inputs: Sequence[Any], backend: Backend) -> str:
         """Run a copy of model, compiled by backend.
 
+        Args:
+            inputs: What model.forward takes; tensors may be real ones.
+            backend: Compiles each graph of Dynamo's.
+
         Returns:
-            What stopped it, for want of values; "" if nothing did.
+            The error that stopped the run for want of values; "" if there was none.
 
         Raises:
             Exception: Whatever else the model raises.
@@ -147,6 +158,7 @@ class DryRun(FakeTensorMode):
         return result
 
     def _note_product(self, func: Any, args: Any, output: Any) -> None:
+        """Report an operator that is a convolution or a matrix product with a parameter."""
         settings: tuple[Any, ...] = ()
         if func is aten.convolution.default:
             kind, (x, weight), (transposed, _, groups) = "conv", args[:2], args[6:]
@@ -167,12 +179,14 @@ class DryRun(FakeTensorMode):
             self.graph_breaks.append(GraphBreak(_first_line(why.reason), place))
 
     def _note_breaks_without_graphs(self) -> None:
+        """Note the graph breaks that no graph ends with, as Dynamo counts them."""
         known = {graph_break.reason for graph_break in self.graph_breaks}
         reasons = dict.fromkeys(map(_first_line, counters["graph_break"]))
         self.graph_breaks += [GraphBreak(reason, "") for reason in reasons if reason not in known]
 
     @contextlib.contextmanager
     def _set(self, flag: str) -> Iterator[None]:
+        """Set an attribute to True inside."""
         before = getattr(self, flag)
         setattr(self, flag, True)
         try:
@@ -181,8 +195,8 @@ class DryRun(FakeTensorMode):
             setattr(self, flag, before)
 
 
-def _first_line(text: str) -> str:
-    return next(iter(text.strip().splitlines()), "")
+def _first_line(reason: str) -> str:
+    return reason.strip().partition("\n")[0]
 
 
 def _compile(run: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:
@@ -201,10 +215,10 @@ def _compile(run: Callable[..., Any], backend: Callable[..., Any]) -> Callable[.
 
 @contextlib.contextmanager
 def as_it_was() -> Iterator[None]:
-    """Put back at the end what running and compiling a model changes outside of it.
+    """Restore at the end what running and compiling a model changes outside of it.
 
-    These are Dynamo's counters, empty at the start; what it has compiled of functions of which it
-    had compiled nothing; and the random states of torch, Python and NumPy.
+    That is Dynamo's counters, which start out empty; what it compiles of functions of which it
+    had compiled nothing before; and the random states of torch, Python and NumPy.
     """
     is_new: dict[int, tuple[types.CodeType, bool]] = {}  # Equal code objects are no less two.
 

@@ -16,7 +16,12 @@ from ..passes.linears import linear_macs
 from ..passes.module_names import module_roots
 from ..passes.prune_input_grads import prune_input_grads
 from .dry_run import DryRun, Product
-from .report import NO_GRADIENT, NOT_COMPILED, NOT_RUN, Explanation, LayerReport, MultiplyAdds
+from .report import Explanation, LayerReport, MultiplyAdds
+
+# Why a layer that is in no joint graph stays dense.
+NOT_COMPILED = "not compiled, runs in eager mode"
+NO_GRADIENT = "no gradient flows through it"
+NOT_RUN = "not run with these inputs"
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -28,13 +33,16 @@ def explain(model: nn.Module, *inputs: Any, options: dict[str, Any] | None = Non
 
     The model is copied with fake tensors (shapes, no values): nothing is computed, and a large
     model takes no memory. The model, random states and what the compiler knows of other
-    compilations stay as they are. Listed are the layers whose gradients training computes, and
-    modules of the targeted kinds that the backend doesn't get. Symbolic sizes are sizes that
-    depend on data.
+    compilations stay as they are.
 
     Args:
+        model: The model, compiled or not.
         inputs: What model.forward takes; tensors are read for shape, dtype, strides and device.
         options: As for `torch.compile(model, backend="sdgp", options=...)`.
+
+    Returns:
+        The layers whose gradients training computes, and the modules of the targeted kinds that
+        the backend doesn't get. Symbolic sizes are sizes that depend on data.
 
     Raises:
         ValueError: An option is unknown or has a bad value.
@@ -80,19 +88,16 @@ def explain(model: nn.Module, *inputs: Any, options: dict[str, Any] | None = Non
 
 
 def _decided(decision: Decision, config: SDGPConfig) -> LayerReport:
+    """Report a layer of a graph that the pass has just rewritten."""
     layer = decision.layer
     assert layer is not None
-    x = layer.input.meta["val"].shape
     count = _known(layer.macs)
     input_gradient = count if layer.has_input_grad else 0
     saved = input_gradient if decision.pruned else 0
     return LayerReport(
-        **{
-            **decision.to_dict(),
-            "weight_shape": plain_sizes(layer.parameter_shape),
-        },
+        **{**decision.to_dict(), "weight_shape": plain_sizes(layer.parameter_shape)},
         operation=_operation(decision.kind, decision.transposed, len(decision.grad_output_shape)),
-        input_shape=plain_sizes(x),
+        input_shape=plain_sizes(layer.input.meta["val"].shape),
         compiled=True,
         multiply_adds=MultiplyAdds(
             forward=count,
@@ -177,6 +182,7 @@ def _not_reached(
 def _warnings(
     model: nn.Module, layers: Sequence[LayerReport], run: DryRun, stopped: str
 ) -> list[str]:
+    """Say what a reader of the report might miss."""
     warnings = []
     if not model.training:
         warnings.append("the model is in evaluation mode, model.train() puts it into training mode")
@@ -220,8 +226,10 @@ def _has_part(name: str, modules: Iterable[str]) -> bool:
 
 
 def _operation(kind: str, transposed: bool, dims: int) -> str:
+    """Name the operation by the number of dimensions of what it returns."""
     return "linear" if kind == "linear" else f"conv{'_transpose' * transposed}{dims - 2}d"
 
 
 def _known(count: Any) -> int | None:
+    """Return a count, or None if it is symbolic."""
     return count if isinstance(count, int) else None

@@ -1,4 +1,4 @@
-"""What pruning does to the gradients of a model while it trains."""
+"""Record what pruning does to the gradients of a model while it trains."""
 
 from __future__ import annotations
 
@@ -27,33 +27,40 @@ _keys = map(str, itertools.count())
 
 
 def monitor(model: torch.nn.Module, every: int = 100, **arguments: Any) -> Monitor:
-    """model compiled for the backend "sdgp", with a record of what pruning does every so often.
+    """Compile model for the backend "sdgp", and record every so often what pruning does.
 
-    The result is called in place of `torch.compile(model, backend="sdgp", ...)`. It holds two
-    compilations that share the model: one that records, for the first of every so many calls that
-    gradients are computed for, and for all other calls the one that there is without a monitor.
+    Args:
+        every: Of so many calls with gradients, the first is recorded.
+        arguments: Arguments of torch.compile: options, mode and so on.
 
-    arguments: of torch.compile: options, mode and so on.
-    Raises ValueError for an every that is no int above 0; when compiled, for pruning of whole
-    channels, which it doesn't record.
+    Returns:
+        What is called in place of `torch.compile(model, backend="sdgp", ...)`. It holds two
+        compilations that share the model: one that records, and for all other calls the one that
+        there is without a monitor.
+
+    Raises:
+        ValueError: every is no int above 0; or, when compiled, whole channels are pruned, which a
+            monitor doesn't record.
     """
     return Monitor(model, every, **arguments)
 
 
 class Monitor:
-    """Of every pruned gradient p and the dense g that it comes from, by layer and step:
+    """Call a model, and record by layer and step how far each pruned p is from its dense g.
 
-    l1_kept: sum |g| where p is not 0, by sum |g|.
-    relative_error: |p - g| / |g|, in L2.
-    bias: <p, g> / <g, g>. Its mean is 1 for an unbiased function.
+        l1_kept          sum |g| where p is not 0, by sum |g|
+        relative_error   |p - g| / |g|, in L2
+        bias             <p, g> / <g, g>; its mean is 1 for an unbiased function
 
     All are NaN for g = 0. The sums are those of one process, in float32 (float64 for float64
     gradients), over all calls of a layer in a step. A training step does not wait for them:
     reading the record does, for the device.
 
-    step: of the latest call with gradients, from 0; set it to go on from a checkpoint.
-    backend: for torch.compile; it records whenever it is called, as of `step`. For those who
-        compile the model themselves.
+    Attributes:
+        every: Of so many calls with gradients, the first is recorded.
+        step: Step of the latest call with gradients, from 0; set it to go on from a checkpoint.
+        backend: A backend for `torch.compile` that records whenever it is called, as of `step`,
+            for those who compile the model themselves.
     """
 
     def __init__(self, model: torch.nn.Module, every: int, **arguments: Any) -> None:
@@ -71,7 +78,7 @@ class Monitor:
         self._written = -1
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """What the model returns."""
+        """Return what the model returns."""
         if not torch.is_grad_enabled():
             return self._pruned(*args, **kwargs)
         self.step += 1
@@ -79,13 +86,20 @@ class Monitor:
         return (self._recording if due else self._pruned)(*args, **kwargs)
 
     def receive(self, layers: str, numbers: Tensor) -> None:
-        """What a graph has recorded: SUMS of each layer. layers: their names, as JSON."""
+        """Keep what a graph has recorded.
+
+        Args:
+            layers: Names of layers, as JSON.
+            numbers: SUMS of one layer after the other.
+        """
         self._received.append((self.step, layers, numbers))
 
     def to_dict(self) -> dict[str, dict[str, list[Any]]]:
-        """The layers' names -> "step" and the statistics -> a list, an item for each record.
+        """Return the record in plain numbers, for JSON.
 
-        Layers are in the order of the forward. Plain numbers, for `json.dump`.
+        Returns:
+            By layer, in the order of the forward: "step" and each of the statistics, a list with
+            an item for each record.
         """
         self._read()
         names: dict[str, None] = {}
@@ -101,10 +115,11 @@ class Monitor:
         return record
 
     def write(self, writer: Any) -> None:
-        """Give what is new since the last call to TensorBoard.
+        """Write what is new since the last call to TensorBoard.
 
-        writer: a `torch.utils.tensorboard.SummaryWriter`, or what else has its
-            add_scalar(tag, value, step). Tags are "sdgp_bias/layer1.0.conv1" and so on.
+        Args:
+            writer: A `torch.utils.tensorboard.SummaryWriter`, or anything with its
+                add_scalar(tag, value, step). Tags are "sdgp_bias/layer1.0.conv1" and so on.
         """
         self._read()
         for step in sorted(step for step in self._sums if step > self._written):
@@ -114,10 +129,13 @@ class Monitor:
             self._written = step
 
     def plot(self, path: str | Path) -> None:
-        """Write a picture (PNG, or what the path's suffix says): the statistics over depth.
+        """Draw the statistics over depth, a curve for each of a few steps. Needs matplotlib.
 
-        A curve for each of a few steps, evenly spaced. Needs matplotlib.
-        Raises ValueError if nothing is recorded.
+        Args:
+            path: Where the picture is written; its suffix says in which format.
+
+        Raises:
+            ValueError: Nothing is recorded.
         """
         from matplotlib import colormaps
         from matplotlib.figure import Figure
@@ -156,6 +174,7 @@ class Monitor:
 
 
 def _statistics(sums: Tensor) -> dict[str, float]:
+    """Compute STATISTICS from SUMS."""
     of = dict(zip(SUMS, sums, strict=True))
     values = {
         "l1_kept": of["kept_norm"] / of["norm"],

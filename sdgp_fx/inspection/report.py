@@ -1,4 +1,4 @@
-"""What `explain` returns: layer by layer, as text, as HTML, as JSON and as a picture."""
+"""Present what `explain` finds: as text, as HTML, as JSON and as a picture."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ from .dry_run import GraphBreak
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-NOT_COMPILED = "not compiled, runs in eager mode"
-NO_GRADIENT = "no gradient flows through it"
-NOT_RUN = "not run with these inputs"
-
+# Colours of the picture.
 KEPT, SAVED, DENSE, EAGER = "#4c6a92", "#e07a2f", "#b9c4d3", "#d9d9d9"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MultiplyAdds:
-    """Of one training step. None where a size depends on data.
+    """Count the multiply-adds of one training step.
 
-    Those with the zeros of a padding count. saved: of input_gradient, those with the zeros that
-    pruning makes; whether they are saved in fact is up to the kernel that multiplies.
+    A count is None where a size depends on data. Multiplications by the zeros of a padding count.
+
+    Attributes:
+        forward, input_gradient, weight_gradient: Multiply-adds of each product.
+        saved: Those of input_gradient that multiply the zeros of pruning. Whether they are saved
+            in fact is up to the kernel that multiplies.
     """
 
     forward: int | None = 0
@@ -39,19 +40,20 @@ class MultiplyAdds:
 
     @property
     def all(self) -> int:
-        """Of forward and both gradients, as far as they are known."""
+        """Multiply-adds of forward and both gradients, as far as they are known."""
         return sum(filter(None, (self.forward, self.input_gradient, self.weight_gradient)))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerReport(Decision):
-    """A layer's decision, and its multiply-adds.
+    """Add to a layer's decision what the layer computes.
 
     Attributes:
         operation: "conv2d", "conv_transpose1d", "linear" and so on.
         input_shape: Shape of the forward's input, laid out as grad_output. Both are () for a layer
             whose product was not seen.
         compiled: Whether the layer is part of a compiled graph.
+        multiply_adds: Multiply-adds of the layer's products in a training step.
     """
 
     operation: str
@@ -61,15 +63,21 @@ class LayerReport(Decision):
 
     @property
     def decision(self) -> str:
-        """ "pruned", or "dense: " and why."""
+        """Return "pruned", or "dense: " and why."""
         return "pruned" if self.pruned else f"dense: {self.reason}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Explanation(Sequence[LayerReport]):
-    """A report on a model: a sequence of its layers in the order in which they run.
+    """Report on a model: a sequence of its layers in the order in which they run.
 
     Layers that don't run come last. A layer that runs twice is there twice.
+
+    Attributes:
+        config: The settings that decided.
+        layers: The layers of the sequence.
+        graph_breaks: Where Dynamo leaves a graph.
+        warnings: What makes the report incomplete, or its model an unusual one.
     """
 
     config: SDGPConfig
@@ -91,7 +99,7 @@ class Explanation(Sequence[LayerReport]):
 
     @property
     def multiply_adds(self) -> MultiplyAdds:
-        """Of all layers, as far as they are known."""
+        """Multiply-adds of all layers, as far as they are known."""
         names = [field.name for field in dataclasses.fields(MultiplyAdds)]
         counts = [layer.multiply_adds for layer in self.layers]
         return MultiplyAdds(
@@ -99,7 +107,7 @@ class Explanation(Sequence[LayerReport]):
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it in plain values, for JSON."""
+        """Return the report in plain values, for JSON."""
         return {
             "config": _plain(dataclasses.asdict(self.config)),
             "layers": [_plain(layer.to_dict()) for layer in self.layers],
@@ -112,7 +120,7 @@ class Explanation(Sequence[LayerReport]):
         return "\n".join([*_columns([_HEADER, *self._rows()]), "", *self._summary()])
 
     def __rich__(self) -> Any:
-        """For rich's console: as wide as the terminal, pruned layers in colour."""
+        """Return a table for rich's console, with pruned layers in colour."""
         from rich.console import Group
         from rich.table import Table
         from rich.text import Text
@@ -126,16 +134,17 @@ class Explanation(Sequence[LayerReport]):
         return Group(table, *map(Text, self._summary()))
 
     def _repr_html_(self) -> str:
-        """For notebooks."""
+        """Return a table for notebooks."""
         header = _html_row("th", _HEADER)
         rows = (_html_row("td", row) for row in self._rows())
         summary = "<br>".join(map(html.escape, self._summary()))
         return f"<table>{header}{''.join(rows)}</table><p>{summary}</p>"
 
     def plot(self, path: str | os.PathLike[str]) -> None:
-        """Write a picture of the multiply-adds of each layer, first layer to last.
+        """Draw the multiply-adds of each layer, first layer to last. Needs matplotlib.
 
-        The format is that of the path's suffix. Needs matplotlib.
+        Args:
+            path: Where the picture is written; its suffix says in which format.
         """
         from matplotlib.figure import Figure
 
@@ -197,7 +206,7 @@ _NUMBERS = slice(3, 9)  # Columns that are aligned to the right.
 
 
 def _columns(rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Lines of cells that stand under each other."""
+    """Yield lines with their cells in columns."""
     right = set(range(len(_HEADER))[_NUMBERS])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
@@ -211,7 +220,7 @@ def _html_row(tag: str, cells: Iterable[str]) -> str:
 
 
 def _draw(axes: Axes, layers: Sequence[LayerReport]) -> None:
-    """Stacked bars: what pruning leaves and saves of the input gradient, and all the rest."""
+    """Draw stacked bars: what pruning leaves and saves of the input gradient, and the rest."""
     from matplotlib.ticker import EngFormatter
 
     x = range(len(layers))
@@ -242,6 +251,7 @@ def _draw(axes: Axes, layers: Sequence[LayerReport]) -> None:
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    """Turn tuples into lists, which is what JSON reads back."""
     return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
 
 
@@ -250,7 +260,7 @@ def _shape(sizes: Iterable[int | str]) -> str:
 
 
 def _si(count: int | None) -> str:
-    """A number of four digits with a prefix of SI units."""
+    """Return count in four digits, with an SI prefix."""
     if count is None:
         return "?"
     for unit, size in (("T", 10**12), ("G", 10**9), ("M", 10**6), ("k", 10**3)):

@@ -16,7 +16,7 @@ def module_roots(gm: fx.GraphModule) -> frozenset[str]:
     placeholder is private; a placeholder that Dynamo has not made has none.
 
     Returns:
-        Paths of Dynamo's, as in `module_name`.
+        Paths of Dynamo's.
     """
     inputs = gm.graph.find_nodes(op="placeholder")
     sources = filter(None, (getattr(node, "_dynamo_source", None) for node in inputs))
@@ -25,9 +25,7 @@ def module_roots(gm: fx.GraphModule) -> frozenset[str]:
 
 
 def module_of(node: fx.Node, roots: Collection[str] = ()) -> str:
-    """Return the module that a node of the backward belongs to.
-
-    It is the innermost of the forward's stack; "" if there is none on record.
+    """Return the name of the module that a backward node belongs to, the innermost one.
 
     Args:
         roots: As for `module_name`.
@@ -40,9 +38,9 @@ def module_name(path: str, roots: Collection[str] = ()) -> str:
     """Return the name in `named_modules()` for a path of Dynamo's.
 
     The paths are Python expressions that begin with a variable: "L['self'].layer1.0.conv1",
-    "getattr(L['self'].layer1, '0').conv1" or "L['model']._modules['layer1'].conv1". A module within
-    that was itself compiled has a wrapper, "_orig_mod"; one that keeps a bound method of its own as
-    an attribute, as some do with their forward, is found by way of that, "__self__".
+    "getattr(L['self'].layer1, '0').conv1" or "L['model']._modules['layer1'].conv1". A module
+    within that was itself compiled has a wrapper, "_orig_mod"; one that keeps a bound method of
+    its own as an attribute, as some do with their forward, is found by way of that, "__self__".
 
     Args:
         roots: The modules from which names start, as from `module_roots`; the outermost counts.
@@ -60,6 +58,7 @@ def module_name(path: str, roots: Collection[str] = ()) -> str:
 
 
 def _with_dots(path: str) -> str:
+    """Write getattr(a, 'b') as a.b."""
     while (attribute := re.sub(r"getattr\(([^()]*), '([^']*)'\)", r"\1.\2", path)) != path:
         path = attribute
     return path

@@ -96,7 +96,7 @@ def test_a_graph_break_makes_two_and_captures_nest():
     assert (len(inner), len(outer)) == (2, 3)
     assert inner[1] is outer[1]
     assert outer[:2] == list(inner)
-    assert capture._captures == []
+    assert graph_pass.observers == []
 
 
 def test_what_is_no_training_graph_or_compiled_already_is_not_captured():
@@ -125,15 +125,15 @@ def test_nothing_is_copied_while_nobody_looks(monkeypatch):
 
     # pytest listens to all of torch's logs.
     monkeypatch.setattr(logging.getLogger("torch.__trace"), "handlers", [])
-    monkeypatch.setattr(capture, "_copy", refuse)
-    monkeypatch.setattr(capture, "readable", refuse)
+    monkeypatch.setattr(graph_pass, "_copy", refuse)
+    monkeypatch.setattr(graph_pass, "readable", refuse)
     step(model())
 
 
 def test_an_error_ends_the_capture():
     with pytest.raises(RuntimeError, match="mine"), sdgp_fx.capture():
         raise RuntimeError("mine")
-    assert capture._captures == []
+    assert graph_pass.observers == []
 
 
 def test_caches(monkeypatch):

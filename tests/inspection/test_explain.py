@@ -23,7 +23,8 @@ import sdgp_fx
 from sdgp_fx import Explanation, explain
 from sdgp_fx.cli import main as command
 from sdgp_fx.cli.networks import Uninitialized
-from sdgp_fx.inspection.report import KEPT, NO_GRADIENT, NOT_COMPILED, NOT_RUN, SAVED
+from sdgp_fx.inspection.explain import NO_GRADIENT, NOT_COMPILED, NOT_RUN
+from sdgp_fx.inspection.report import KEPT, SAVED
 
 BOTH = {"sdgp.targets": "conv,linear"}
 
@@ -165,7 +166,7 @@ def test_layers_that_the_backend_does_not_get_are_listed_as_such():
     assert {row.module for row in rows if row.compiled} == {"stem", "0", "frozen"}
     count = 2 * 8 * 8 * 9 * 2 * 2
     assert dataclasses.astuple(by_name["eager"].multiply_adds) == (count, count, count, 0)
-    assert by_name["eager"].grad_output == (2, 8, 2, 2)
+    assert by_name["eager"].grad_output_shape == (2, 8, 2, 2)
     assert dataclasses.astuple(by_name["eager_head"].multiply_adds) == (64, 64, 64, 0)
     assert dataclasses.astuple(by_name["frozen"].multiply_adds) == (2 * 16 * 24, 0, 0, 0)
     assert dataclasses.astuple(by_name["unused"].multiply_adds) == (0, 0, 0, 0)
@@ -210,7 +211,7 @@ def test_sizes_that_depend_on_data(is_captured):
     last = by_name["last"]
     if is_captured:
         assert last.pruned
-        assert isinstance(last.grad_output[0], str)
+        assert isinstance(last.grad_output_shape[0], str)
         assert last.multiply_adds.saved is None
     else:
         assert last.reason == NOT_RUN
@@ -304,7 +305,7 @@ def test_later_compilations_are_as_if_there_had_been_no_explaining():
     with torch._dynamo.config.patch(recompile_limit=2):
         for batch in range(2, 5):
             rows = explain(model, x_of(3, batch))
-            names = [(row.module, row.grad_output[0]) for row in rows if row.compiled]
+            names = [(row.module, row.grad_output_shape[0]) for row in rows if row.compiled]
             assert names == [("first", batch), ("last", batch)]
     assert entries(model) == []
     seen = []
@@ -446,7 +447,7 @@ def test_command_prints_json_for_images_that_the_network_is_not_made_for(capsys)
     report = json.loads(capsys.readouterr().out)
     assert report["config"]["m"] == 8
     (patches,) = (layer for layer in report["layers"] if layer["kind"] == "conv")
-    assert patches["input"] == [1, 1, 32, 48]
+    assert patches["input_shape"] == [1, 1, 32, 48]
     for layer in report["layers"]:
         count = layer["multiply_adds"]
         assert count["saved"] == (count["input_gradient"] * 7 // 8 if layer["pruned"] else 0)

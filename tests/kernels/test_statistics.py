@@ -1,7 +1,6 @@
 """The means of "random" and "mvue" against probabilities computed by hand.
 
-Seeds are fixed, so that nothing here fails now and then; see `helpers.sampling` for how often it
-would otherwise.
+How far frequencies may be off is said in `helpers.frequencies`.
 """
 
 import itertools
@@ -13,7 +12,7 @@ import torch
 from sdgp_fx.kernels import reference
 
 from ..helpers import by_hand
-from ..helpers.sampling import (
+from ..helpers.frequencies import (
     CASES,
     DRAWS,
     PATTERNS,

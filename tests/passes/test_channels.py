@@ -8,22 +8,27 @@ import pytest
 import torch
 from torch import nn
 
-from sdgp_fx import SDGPConfig, explain
+from sdgp_fx import SDGPConfig
 from sdgp_fx.kernels.channels import select_channels
 from sdgp_fx.kernels.op import PRUNE_NM
 from sdgp_fx.passes import decisions as why
-from sdgp_fx.passes.channels import COST
 from sdgp_fx.passes.convolutions import CONVOLUTION_BACKWARD
 from sdgp_fx.passes.prune_input_grads import prune_input_grads
 
+from ..helpers import frequencies
 from ..helpers.eager_sdgp import EagerSDGP
+from ..helpers.frequencies import assert_frequencies
 from ..helpers.graphs import backward_of, copy_graph, gradients, joint_graph, random_inputs, run
-from ..kernels import test_statistics
-from ..kernels.test_statistics import assert_frequencies
-from . import test_linears, test_pass
+from ..helpers.layers import (
+    CONVOLUTIONS,
+    LINEARS,
+    Block,
+    assert_same_form,
+    convolution_graph,
+    linear_graph,
+    linear_products,
+)
 
-CONVOLUTIONS = test_pass.CONVOLUTIONS
-LINEARS = test_linears.LAYERS
 PATTERNS = [(2, 4), (1, 4), (3, 8), (2, 16), (16, 32), (1, 1)]
 
 # Sums of products in another order, 2**-24 each; of bfloat16, one rounding of values times factors
@@ -31,8 +36,8 @@ PATTERNS = [(2, 4), (1, 4), (3, 8), (2, 16), (16, 32), (1, 1)]
 TOLERANCE = {torch.float32: 2**-20, torch.bfloat16: 2**-7, torch.float16: 2**-9}
 
 
-def always(prune="rescaled_magnitude", **settings):
-    return SDGPConfig(structure="channel_always", prune=prune, **settings)
+def by_channel(prune="rescaled_magnitude", **settings):
+    return SDGPConfig(structure="channel", prune=prune, **settings)
 
 
 def chosen(norms, n, m, prune):
@@ -132,7 +137,7 @@ def test_mvue_prunes_what_is_not_finite_by_magnitude():
 
 def draws(row, n, prune):
     """For many groups with the norms of row: which are kept, and the factors, 0 elsewhere."""
-    m, count = len(row), test_statistics.DRAWS
+    m, count = len(row), frequencies.DRAWS
     norms = torch.tensor(row).abs().repeat(count)
     generator = torch.Generator().manual_seed(n + m)
     size = len(norms) if prune == "random" else count
@@ -143,11 +148,11 @@ def draws(row, n, prune):
     return factors.view(-1, m)
 
 
-@pytest.mark.parametrize(("n", "m", "kind"), test_statistics.CASES)
+@pytest.mark.parametrize(("n", "m", "kind"), frequencies.CASES)
 def test_mvue_is_unbiased(n, m, kind):
     """A channel kept with probability pi is multiplied by 1 / pi; false alarms as said there."""
-    row = test_statistics.gradients(m)[kind]
-    factors, pi = draws(row, n, "mvue"), test_statistics.probabilities(row, n, "mvue")
+    row = frequencies.gradients(m)[kind]
+    factors, pi = draws(row, n, "mvue"), frequencies.probabilities(row, n, "mvue")
     for i, (norm, p) in enumerate(zip(row, pi, strict=True)):
         own = factors[:, i][factors[:, i] != 0]
         if norm and p and len(own):
@@ -188,19 +193,19 @@ def dense_half(gm):
 )
 def test_rewrites_the_input_gradient_and_nothing_else(name, prune, dtype):
     """By edges and by numbers."""
-    gm = test_pass.layer_graph(name, dtype)
+    gm = convolution_graph(name, dtype)
     inputs = random_inputs(gm)
     (old,) = gm.graph.find_nodes(op="call_function", target=CONVOLUTION_BACKWARD)
     grad_output, x, weight, *others, (_, _, has_bias) = old.args
     input_grad, *other_grads = gradients(gm)
     before = run(gm, inputs)
-    (decision,) = prune_input_grads(gm.graph, always(prune, n=1))
+    (decision,) = prune_input_grads(gm.graph, by_channel(prune, n=1))
     gm.recompile()
     after = run(gm, inputs)
 
     assert (decision.pruned, decision.reason) == (True, "")
     shape = tuple(grad_output.meta["val"].shape)
-    assert decision.grad_output == shape
+    assert decision.grad_output_shape == shape
     half = backward_of(input_grad)
     assert half.args[1] is x
     assert half.args[3:] == (*others, [True, False, False])
@@ -211,7 +216,7 @@ def test_rewrites_the_input_gradient_and_nothing_else(name, prune, dtype):
     assert dense_half(gm).args == (grad_output, x, weight, *others, [False, True, has_bias])
     assert not gm.graph.find_nodes(op="call_function", target=PRUNE_NM)
     for node in (half, *half.all_input_nodes):
-        test_pass.assert_same_form(node.meta["val"], after[node.name])
+        assert_same_form(node.meta["val"], after[node.name])
 
     for other in filter(None, other_grads):
         assert torch.equal(after[other.name], before[other.name])
@@ -226,8 +231,8 @@ def test_rewrites_the_input_gradient_and_nothing_else(name, prune, dtype):
 @pytest.mark.parametrize("prune", ["random", "mvue"])
 def test_drawn_channels_are_those_of_a_subset(name, prune):
     """Each kept channel of grad_output is one of the dense ones, times a factor."""
-    gm = test_pass.layer_graph(name)
-    prune_input_grads(gm.graph, always(prune))
+    gm = convolution_graph(name)
+    prune_input_grads(gm.graph, by_channel(prune))
     gm.recompile()
     values = run(gm, random_inputs(gm))
     kept = values[backward_of(gradients(gm)[0]).args[0].name]
@@ -246,12 +251,12 @@ def test_nothing_is_transposed(name):
     x = torch.randn(shape).to(memory_format=torch.channels_last).requires_grad_()
     gm = joint_graph(layer, x)
     inputs = random_inputs(gm)
-    prune_input_grads(gm.graph, always())
+    prune_input_grads(gm.graph, by_channel())
     gm.recompile()
     values = run(gm, inputs)
     half = backward_of(gradients(gm)[0])
     for node in (half, *half.all_input_nodes):
-        test_pass.assert_same_form(node.meta["val"], values[node.name])
+        assert_same_form(node.meta["val"], values[node.name])
     assert half.args[0].meta["val"].is_contiguous(memory_format=torch.channels_last)
     if not name.startswith("transposed"):
         assert half.args[2].meta["val"].is_contiguous(memory_format=torch.channels_last)
@@ -259,17 +264,17 @@ def test_nothing_is_transposed(name):
 
 @pytest.mark.parametrize("name", LINEARS)
 def test_linear_layers_give_the_same_numbers(name):
-    gm = test_linears.layer_graph(name)
+    gm = linear_graph(name)
     inputs = random_inputs(gm)
     before = run(gm, inputs)
     old = {node: node.args for node in gm.graph.nodes}
-    config = always(targets="linear")
+    config = by_channel(targets="linear")
     (decision,) = prune_input_grads(gm.graph, config)
     gm.recompile()
     after = run(gm, inputs)
     assert decision.pruned
     (changed,) = [n for n in gm.graph.nodes if n in old and n.args != old[n]]
-    for node in test_linears.products(gm):
+    for node in linear_products(gm):
         if node is not changed:
             assert torch.equal(after[node.name], before[node.name])
     left, right = (before[operand.name] for operand in old[changed])
@@ -280,7 +285,7 @@ def test_linear_layers_give_the_same_numbers(name):
     assert relative_error(after[changed.name], expected) < TOLERANCE[torch.float32]
     assert changed.args[0].meta["val"].shape[-1] == old[changed][0].meta["val"].shape[-1] // 2
     for operand in (changed, *changed.args):
-        test_pass.assert_same_form(operand.meta["val"], after[operand.name])
+        assert_same_form(operand.meta["val"], after[operand.name])
 
 
 @pytest.mark.parametrize(
@@ -292,8 +297,8 @@ def test_linear_layers_give_the_same_numbers(name):
     ],
 )
 def test_idempotent(kind, name):
-    gm = (test_pass if kind == "conv" else test_linears).layer_graph(name)
-    config = always("mvue", targets=kind)
+    gm = (convolution_graph if kind == "conv" else linear_graph)(name)
+    config = by_channel("mvue", targets=kind)
     decisions = prune_input_grads(gm.graph, config)
     once = copy_graph(gm)
     assert prune_input_grads(gm.graph, config) == decisions
@@ -304,10 +309,10 @@ def test_idempotent(kind, name):
 
 
 def test_layers_draw_numbers_of_their_own():
-    gm = joint_graph(test_pass.Block(), torch.randn(1, 3, 9, 9))
-    decisions = prune_input_grads(gm.graph, always("random"))
+    gm = joint_graph(Block(), torch.randn(1, 3, 9, 9))
+    decisions = prune_input_grads(gm.graph, by_channel("random"))
     (draw,) = gm.graph.find_nodes(op="call_function", target=torch.ops.aten.randint.default)
-    counts = [d.grad_output[1] for d in decisions if d.pruned]
+    counts = [d.grad_output_shape[1] for d in decisions if d.pruned]
     ends = list(itertools.accumulate(counts))
     assert draw.args[1] == [ends[-1]]
     parts = [user.args[1:] for user in draw.users]
@@ -317,90 +322,14 @@ def test_layers_draw_numbers_of_their_own():
 # Which layers
 
 
-# At 2:4, with so many values that little else counts.
-LEAST = math.ceil(2 * (COST["cpu"].value + COST["cpu"].kept / 2))
-
-
-def convolution(inputs, kernel=1, groups=1):
-    return nn.Conv2d(inputs, 64, kernel, groups=groups), (8, inputs, 64, 64)
-
-
-RULE = {
-    "1x1": (*convolution(LEAST + 20), ""),
-    "1x1 of fewer": (*convolution(LEAST - 1), why.DOES_NOT_PAY),
-    "3x3": (*convolution(LEAST // 9 + 4, kernel=3), ""),
-    "grouped": (*convolution(4 * LEAST - 4, groups=4), why.DOES_NOT_PAY),
-    "transposed": (nn.ConvTranspose2d(LEAST + 20, 64, 1), (8, LEAST + 20, 64, 64), ""),
-    "transposed, strided": (
-        nn.ConvTranspose2d(LEAST + 20, 64, 1, stride=2),
-        (8, LEAST + 20, 64, 64),
-        why.DOES_NOT_PAY,
-    ),
-    "few positions": (nn.Conv2d(1024, 1024, 1), (2, 1024, 4, 4), why.DOES_NOT_PAY),
-    "more positions": (nn.Conv2d(1024, 1024, 1), (8, 1024, 8, 8), ""),
-    "linear": (nn.Linear(1024, 1024), (512, 1024), ""),
-    "linear of few rows": (nn.Linear(1024, 1024), (16, 1024), why.DOES_NOT_PAY),
-    "small": (nn.Conv2d(1024, 8, 1), (1, 1024, 8, 8), why.DOES_NOT_PAY),
-}
-
-
-@pytest.mark.parametrize("name", RULE)
-def test_only_layers_that_it_pays_for(name):
-    layer, shape, reason = RULE[name]
-    gm = joint_graph(layer, torch.ones(shape, requires_grad=True))
-    settings = {"targets": "conv,linear"}
-    for structure, expected in (("channel", reason), ("element", ""), ("channel_always", "")):
-        config = SDGPConfig(structure=structure, **settings)
-        (decision,) = prune_input_grads(copy_graph(gm).graph, config)
-        assert decision.reason == expected
-
-
-def test_fewer_channels_pay_for_more_layers():
-    """And other reasons come first."""
-    layer, shape = convolution(LEAST - 1)
-    gm = joint_graph(layer, torch.ones(shape, requires_grad=True))
-    for settings, reason in (
-        ({"m": 4}, why.DOES_NOT_PAY),
-        ({"m": 8, "n": 1}, ""),
-        ({"m": 4, "include": "none"}, why.EXCLUDED),
-    ):
-        config = SDGPConfig(structure="channel", **settings)
-        (decision,) = prune_input_grads(copy_graph(gm).graph, config)
-        assert decision.reason == reason
-
-
-def test_symbolic_sizes_count_as_large():
-    torch._dynamo.reset()
-    layer = nn.Conv2d(1024, 1024, 1)
-    reasons = []
-    for dynamic in (False, True):
-        torch._dynamo.reset()
-        x = torch.randn(2, 1024, 3, 3, requires_grad=True)
-        if dynamic:
-            torch._dynamo.mark_dynamic(x, 0)
-        gm = joint_graph(layer, x)
-        (decision,) = prune_input_grads(gm.graph, SDGPConfig(structure="channel"))
-        reasons.append(decision.reason)
-    assert reasons == [why.DOES_NOT_PAY, ""]
-
-
 def test_the_other_reasons_are_those_of_elements():
-    gm = joint_graph(test_pass.Block(), torch.randn(1, 3, 9, 9))
+    gm = joint_graph(Block(), torch.randn(1, 3, 9, 9))
     by_element, by_channel = (
         prune_input_grads(copy_graph(gm).graph, SDGPConfig(structure=structure))
-        for structure in ("element", "channel_always")
+        for structure in ("element", "channel")
     )
     assert by_element == by_channel
     assert {d.reason for d in by_element} > {"", why.DEPTHWISE, why.NOT_A_MULTIPLE}
-
-
-def test_explain_tells_what_would_not_pay():
-    (first, second) = explain(
-        nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1)),
-        torch.randn(2, 3, 4, 4),
-        options={"sdgp.structure": "channel"},
-    )
-    assert {first.reason, second.reason} == {why.NO_INPUT_GRADIENT, why.DOES_NOT_PAY}
 
 
 def test_number_of_channels_must_be_known():
@@ -409,17 +338,16 @@ def test_number_of_channels_must_be_known():
 
     x, weight = torch.randn(2, 8, 5, 5, requires_grad=True), torch.randn(16, 8, 3, 3)
     torch._dynamo.mark_dynamic(weight, 0)
-    options = {"sdgp.structure": "channel_always", "sdgp.inner": "aot_eager"}
+    options = {"sdgp.structure": "channel", "sdgp.inner": "aot_eager"}
     with pytest.warns(UserWarning, match="pruned nothing"):
         torch.compile(convolve, backend="sdgp", options=options)(x, weight)
 
 
 @pytest.mark.parametrize("scope", ["feature_map", "channel"])
-@pytest.mark.parametrize("structure", ["channel", "channel_always"])
-def test_only_scope_is_the_group(structure, scope):
-    expected = f"^sdgp.rescale: expected 'group' with .*'{structure}', got '{scope}'"
+def test_only_scope_is_the_group(scope):
+    expected = f"^sdgp.rescale: expected 'group' with .*'channel', got '{scope}'"
     with pytest.raises(ValueError, match=expected):
-        SDGPConfig(structure=structure, rescale=scope)
+        SDGPConfig(structure="channel", rescale=scope)
 
 
 # Training
@@ -458,7 +386,7 @@ def test_a_network_is_trained_as_by_the_definition(inner):
     model = Network()
     settings = {"prune": "rescaled_magnitude", "n": 1, "m": 4}
     options = {f"sdgp.{name}": value for name, value in settings.items()}
-    options |= {"sdgp.structure": "channel_always", "sdgp.inner": inner}
+    options |= {"sdgp.structure": "channel", "sdgp.inner": inner}
     options |= {"sdgp.targets": "conv,linear"}
     compiled = torch.compile(model, backend="sdgp", options=options, dynamic=True)
 
@@ -477,7 +405,7 @@ def test_a_network_is_trained_as_by_the_definition(inner):
 
 def test_inductor_repeats_a_seed_and_not_a_step():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 16, 3))
-    options = {"sdgp.structure": "channel_always", "sdgp.prune": "mvue", "sdgp.m": 8}
+    options = {"sdgp.structure": "channel", "sdgp.prune": "mvue", "sdgp.m": 8}
     compiled = torch.compile(model, backend="sdgp", options=options)
     x = torch.randn(2, 3, 9, 9)
     results = []

@@ -1,90 +1,32 @@
 """Linear layers in the joint graph: found by structure, and fed with the pruned gradient."""
 
-import copy
 import dataclasses
 
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from sdgp_fx import SDGPConfig, explain
 from sdgp_fx.kernels import reference
 from sdgp_fx.kernels.op import PRUNE_NM
 from sdgp_fx.passes import decisions as why
 from sdgp_fx.passes import linears
+from sdgp_fx.passes.linears import MM
 from sdgp_fx.passes.prune_input_grads import prune_input_grads
 
 from ..helpers.graphs import copy_graph, joint_graph, random_inputs, run
+from ..helpers.layers import LINEARS, PRODUCTS, linear_graph, linear_products
 
 LINEAR = SDGPConfig(targets="linear")
-MM = torch.ops.aten.mm.default
-PRODUCTS = MM, torch.ops.aten.bmm.default
-
-
-class Functional(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(16, 8))
-
-    def forward(self, x):
-        return F.linear(x, self.weight)
-
-
-class ColumnMajor(nn.Linear):
-    def forward(self, x):
-        return super().forward(x.T)
-
-
-class Frozen(nn.Linear):
-    def __init__(self):
-        super().__init__(8, 16)
-        self.requires_grad_(False)
-
-
-class Batched(nn.Linear):
-    """The rows of its input are no view of it, and its weight has no gradient."""
-
-    def __init__(self):
-        super().__init__(8, 16, bias=False)
-        self.requires_grad_(False)
-
-    def forward(self, x):
-        return super().forward(x.mT)
-
-
-LAYERS = {
-    "rows": (nn.Linear(8, 16), (6, 8)),
-    "no bias": (nn.Linear(8, 16, bias=False), (6, 8)),
-    "positions": (nn.Linear(8, 16), (3, 5, 8)),
-    "image": (nn.Linear(8, 16, bias=False), (2, 3, 5, 8)),
-    "column-major": (ColumnMajor(8, 16), (8, 6)),
-    "functional": (Functional(), (3, 5, 8)),
-    "frozen": (Frozen(), (3, 5, 8)),
-    "batched": (Batched(), (3, 8, 5)),
-    "batched image": (Batched(), (2, 3, 8, 5)),
-}
-
-
-def layer_graph(name, dtype=torch.float32):
-    layer, shape = LAYERS[name]
-    layer = copy.deepcopy(layer).to(dtype)
-    return joint_graph(layer, torch.randn(shape, dtype=dtype, requires_grad=True))
 
 
 def pruned_and_run(name, rescale, dtype=torch.float32):
     """The rewritten graph of a layer, what it was run on, and the values of its nodes."""
-    gm = layer_graph(name, dtype)
+    gm = linear_graph(name, dtype)
     inputs = random_inputs(gm)
     prune_input_grads(gm.graph, SDGPConfig(targets="linear", rescale=rescale))
     gm.recompile()
     return gm, inputs, run(gm, inputs)
-
-
-def products(gm):
-    """The products of the backward: [input gradient, weight gradient] in any order."""
-    nodes = [node for node in gm.graph.nodes if node.target in PRODUCTS]
-    return [node for node in nodes if "source_fn_stack" not in node.meta]
 
 
 def readers_of(pruned):
@@ -99,9 +41,9 @@ def prunes(gm):
     return gm.graph.find_nodes(op="call_function", target=PRUNE_NM)
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", LINEARS)
 def test_rewrites_the_input_gradient_and_nothing_else(name):
-    gm = layer_graph(name)
+    gm = linear_graph(name)
     before = {node: node.args for node in gm.graph.nodes}
     (decision,) = prune_input_grads(gm.graph, LINEAR)
     assert (decision.kind, decision.pruned, decision.reason) == ("linear", True, "")
@@ -110,14 +52,14 @@ def test_rewrites_the_input_gradient_and_nothing_else(name):
     assert pruned.args[0].meta["val"].shape[1] == 16
     changed = [node for node in gm.graph.nodes if node in before and node.args != before[node]]
     (input_grad,) = changed
-    assert input_grad in products(gm)
+    assert input_grad in linear_products(gm)
     assert input_grad in readers_of(pruned)
-    assert len(products(gm)) == (2 if LAYERS[name][0].weight.requires_grad else 1)
+    assert len(linear_products(gm)) == (2 if LINEARS[name][0].weight.requires_grad else 1)
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", LINEARS)
 def test_same_numbers(name):
-    gm = layer_graph(name)
+    gm = linear_graph(name)
     inputs = random_inputs(gm)
     before = run(gm, inputs)
     prune_input_grads(gm.graph, LINEAR)
@@ -129,21 +71,21 @@ def test_same_numbers(name):
     dense = after[pruned.args[0].name]
     expected = reference.prune_nm(dense, None, 2, 4, "rescaled_magnitude", "group")
     assert torch.equal(after[pruned.name], expected)
-    weight = LAYERS[name][0].weight
+    weight = LINEARS[name][0].weight
     weight = inputs[[tuple(x.shape) for x in inputs].index(tuple(weight.shape))]
     product = after[reader.name]
     input_grad = product.T if name == "column-major" else product
     expected = expected.movedim(1, -1) @ weight
     torch.testing.assert_close(input_grad, expected.view(input_grad.shape))
-    for node in products(gm):
+    for node in linear_products(gm):
         if node is not reader:
             assert torch.equal(after[node.name], before[node.name])
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", LINEARS)
 @pytest.mark.parametrize("rescale", ["group", "feature_map", "channel"])
 def test_idempotent(name, rescale):
-    gm = layer_graph(name)
+    gm = linear_graph(name)
     config = SDGPConfig(targets="linear", rescale=rescale)
     decisions = prune_input_grads(gm.graph, config)
     once = copy_graph(gm)
@@ -153,11 +95,11 @@ def test_idempotent(name, rescale):
     ]
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", LINEARS)
 @pytest.mark.parametrize("rescale", ["group", "feature_map", "channel"])
 def test_recorded_values_match_the_real_ones(name, rescale):
     gm, _, values = pruned_and_run(name, rescale, torch.bfloat16)
-    for node in products(gm):
+    for node in linear_products(gm):
         for new in (node, *node.all_input_nodes):
             recorded, real = new.meta["val"], values[new.name]
             assert (recorded.shape, recorded.dtype) == (real.shape, real.dtype)
@@ -171,14 +113,16 @@ def test_feature_map_is_over_the_positions_of_a_sample():
     maps = tangent.permute(0, 3, 1, 2).contiguous()
     expected = reference.prune_nm(maps, None, 2, 4, "rescaled_magnitude", "feature_map")
     torch.testing.assert_close(values[pruned.name], expected)
-    rows = next(node for node in products(gm) if node.args[1].meta["val"].shape == (16, 8)).args[0]
+    rows = next(
+        node for node in linear_products(gm) if node.args[1].meta["val"].shape == (16, 8)
+    ).args[0]
     torch.testing.assert_close(values[rows.name], expected.permute(0, 2, 3, 1).reshape(30, 16))
 
 
 @pytest.mark.parametrize("name", ["positions", "batched", "batched image"])
 def test_feature_map_of_symbolic_sizes(name):
     """The number of positions is not known when the graph is rewritten."""
-    layer, shape = LAYERS[name]
+    layer, shape = LINEARS[name]
     config = SDGPConfig(targets="linear", rescale="feature_map")
     results = []
     for dynamic in (False, True):
@@ -198,7 +142,7 @@ def test_one_vector(rescale):
     config = SDGPConfig(targets="linear", rescale=rescale)
     (decision,) = prune_input_grads(gm.graph, config)
     assert decision.pruned
-    assert decision.grad_output == (1, 16)
+    assert decision.grad_output_shape == (1, 16)
 
 
 def test_channel_folds_its_factor_into_the_weight():
@@ -233,7 +177,7 @@ def test_leaves_other_products_alone():
     (pruned,) = prunes(gm)
     (input_grad,) = pruned.users
     assert input_grad.meta["fwd_source_fn_stack"][-1][1] is nn.Linear
-    assert len(products(gm)) == 8
+    assert len(linear_products(gm)) == 8
 
 
 @pytest.mark.parametrize("need_weights", [False, True])
@@ -246,7 +190,7 @@ def test_attention_is_projections_alone(need_weights, frozen):
 
     gm = joint_graph(attend, torch.randn(3, 5, 8, requires_grad=True))
     decisions = prune_input_grads(gm.graph, LINEAR)
-    assert sorted(d.weight for d in decisions) == [(8, 8), (24, 8)]
+    assert sorted(d.weight_shape for d in decisions) == [(8, 8), (24, 8)]
     for pruned in prunes(gm):
         (input_grad,) = readers_of(pruned)
         assert input_grad.target is MM or frozen
@@ -373,10 +317,10 @@ def test_forward_and_last_weight_gradient_of_a_transformer():
 
 def test_private_names_of_dynamo():
     """What the search relies on: a node of the forward names the function it comes from."""
-    gm = layer_graph("functional")
+    gm = linear_graph("functional")
     (forward,) = [n for n in gm.graph.nodes if n.target is MM and "source_fn_stack" in n.meta]
     assert forward.meta["source_fn_stack"][-1][1] in linears._FUNCTIONS
-    assert all(node.meta["seq_nr"] == forward.meta["seq_nr"] for node in products(gm))
+    assert all(node.meta["seq_nr"] == forward.meta["seq_nr"] for node in linear_products(gm))
 
 
 def test_inductor_computes_the_same():

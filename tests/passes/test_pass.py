@@ -1,12 +1,10 @@
 """The rewrite, asserted on edges: which node feeds which gradient; and on numbers."""
 
-import copy
 import operator
 
 import pytest
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sdgp_fx import SDGPConfig
 from sdgp_fx.kernels import reference
@@ -25,36 +23,22 @@ from ..helpers.graphs import (
     random_inputs,
     run,
 )
-
-CONVOLUTIONS = {
-    "conv1d": (nn.Conv1d(8, 16, 3, bias=False), (2, 8, 9)),
-    "conv2d": (nn.Conv2d(8, 16, 3, bias=False), (2, 8, 7, 7)),
-    "conv2d with bias": (nn.Conv2d(8, 16, 3), (2, 8, 7, 7)),
-    "conv3d": (nn.Conv3d(4, 8, 3), (2, 4, 5, 5, 5)),
-    "1x1": (nn.Conv2d(8, 16, 1), (2, 8, 4, 4)),
-    "strided": (nn.Conv2d(8, 16, 3, stride=2, padding=1), (2, 8, 7, 7)),
-    "dilated": (nn.Conv2d(8, 16, 3, dilation=2, padding=2), (2, 8, 7, 7)),
-    "grouped": (nn.Conv2d(8, 16, 3, groups=4), (2, 8, 7, 7)),
-    "transposed 1d": (nn.ConvTranspose1d(8, 16, 3), (2, 8, 9)),
-    "transposed 2d": (nn.ConvTranspose2d(8, 16, 3, 2, 1, output_padding=1), (2, 8, 5, 5)),
-    "transposed 3d": (nn.ConvTranspose3d(4, 8, 2), (1, 4, 3, 3, 3)),
-    "transposed grouped": (nn.ConvTranspose2d(8, 16, 3, groups=2, bias=False), (2, 8, 5, 5)),
-}
+from ..helpers.layers import (
+    CONVOLUTIONS,
+    Block,
+    assert_same_form,
+    convolution_graph,
+    convolution_on,
+)
 
 CHANNEL = SDGPConfig(rescale="channel")
 # Those whose weight takes the factors of scope "channel".
 FOLDED = [name for name in CONVOLUTIONS if name != "transposed grouped"]
 
 
-def layer_graph(name, dtype=torch.float32, **kwargs):
-    layer, shape = CONVOLUTIONS[name]
-    layer = copy.deepcopy(layer).to(dtype)
-    return joint_graph(layer, torch.randn(shape, dtype=dtype, requires_grad=True), **kwargs)
-
-
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_rewrites_the_input_gradient_and_nothing_else(name):
-    gm = layer_graph(name)
+    gm = convolution_graph(name)
     (before,) = gm.graph.find_nodes(op="call_function", target=CONVOLUTION_BACKWARD)
     grad_output, others = before.args[0], before.args[1:10]
     has_bias = before.args[10][2]
@@ -81,7 +65,7 @@ def test_rewrites_the_input_gradient_and_nothing_else(name):
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_same_numbers(name):
-    gm = layer_graph(name)
+    gm = convolution_graph(name)
     inputs = random_inputs(gm)
     input_grad, weight_grad, bias_grad = (n and n.name for n in gradients(gm))
     (node,) = gm.graph.find_nodes(op="call_function", target=CONVOLUTION_BACKWARD)
@@ -119,7 +103,7 @@ def test_input_gradient_is_conv2d_input_of_the_pruned_gradient(memory_format):
 @pytest.mark.parametrize("config", [SDGPConfig(), CHANNEL])
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_recorded_values_match_the_real_ones(name, config):
-    gm = layer_graph(name, torch.bfloat16)
+    gm = convolution_graph(name, torch.bfloat16)
     inputs = random_inputs(gm)
     prune_input_grads(gm.graph, config)
     gm.recompile()
@@ -127,17 +111,6 @@ def test_recorded_values_match_the_real_ones(name, config):
     for node in gm.graph.find_nodes(op="call_function", target=CONVOLUTION_BACKWARD):
         for new in (node, *node.all_input_nodes):
             assert_same_form(new.meta["val"], values[new.name])
-
-
-def assert_same_form(recorded, real):
-    if isinstance(recorded, tuple):
-        for pair in zip(recorded, real, strict=True):
-            assert_same_form(*pair)
-    elif recorded is None:
-        assert real is None
-    else:
-        assert (recorded.shape, recorded.dtype) == (real.shape, real.dtype)
-        assert recorded.stride() == real.stride()
 
 
 # The factors of scope "channel" in the weight
@@ -158,7 +131,7 @@ def scaled_weight(weight):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", FOLDED)
 def test_weight_takes_the_factors_of_the_channels(name, dtype):
-    gm = layer_graph(name, dtype)
+    gm = convolution_graph(name, dtype)
     (before,) = gm.graph.find_nodes(op="call_function", target=CONVOLUTION_BACKWARD)
     grad_output, x, weight, *others = before.args[:10]
     has_bias = before.args[10][2]
@@ -187,7 +160,7 @@ def test_weight_takes_the_factors_of_the_channels(name, dtype):
     ],
 )
 def test_the_others_leave_the_factors_to_the_prune(name, dtype):
-    gm = layer_graph(name, dtype)
+    gm = convolution_graph(name, dtype)
     (before,) = gm.graph.find_nodes(op="call_function", target=CONVOLUTION_BACKWARD)
     grad_output, *others = before.args[:10]
     prune_input_grads(gm.graph, CHANNEL)
@@ -200,7 +173,7 @@ def test_the_others_leave_the_factors_to_the_prune(name, dtype):
 
 def input_gradients(name, dtype):
     """With the factors in the weight, with them in the gradient, and in float64."""
-    gm = layer_graph(name, dtype)
+    gm = convolution_graph(name, dtype)
     inputs = random_inputs(gm)
     (node,) = gm.graph.find_nodes(op="call_function", target=CONVOLUTION_BACKWARD)
     others = [n.name for n in gradients(gm)[1:] if n]
@@ -281,7 +254,7 @@ def test_bias_taken_out_by_a_decomposition():
         return gx, gw, args[0].sum([0, *range(2, args[0].dim())])
 
     table = {**select_decomp_table(), CONVOLUTION_BACKWARD: without_bias}
-    gm = layer_graph("conv2d with bias", decompositions=table)
+    gm = convolution_graph("conv2d with bias", decompositions=table)
     inputs = random_inputs(gm)
     before = run(gm, inputs)
     (decision,) = prune_input_grads(gm.graph, SDGPConfig())
@@ -308,23 +281,6 @@ def test_input_gradient_only():
     assert half.args[0].target is PRUNE_NM
 
 
-class Block(nn.Module):
-    """Convolutions for every reason to stay dense, between two that are pruned."""
-
-    def __init__(self):
-        super().__init__()
-        self.stem = nn.Conv2d(3, 8, 3)
-        self.body = nn.Sequential(nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8))
-        self.odd = nn.ModuleDict({"six": nn.Conv2d(8, 6, 1), "back": nn.Conv2d(6, 16, 1)})
-        self.grouped = nn.Conv2d(16, 16, 1, groups=8)
-        self.weight = nn.Parameter(torch.randn(4, 16, 1, 1))
-
-    def forward(self, x):
-        x = self.body(self.stem(x))
-        x = self.grouped(self.odd["back"](self.odd["six"](x)))
-        return nn.functional.conv2d(x, self.weight)
-
-
 def test_decisions_reasons_and_names():
     decisions = prune_input_grads(joint_graph(Block(), torch.randn(1, 3, 9, 9)).graph, SDGPConfig())
     assert [(d.module, d.pruned, d.reason) for d in decisions] == [
@@ -337,8 +293,8 @@ def test_decisions_reasons_and_names():
         ("stem", False, why.NO_INPUT_GRADIENT),
     ]
     grouped = decisions[1]
-    assert grouped.grad_output == (1, 16, 3, 3)
-    assert (grouped.weight, grouped.groups, grouped.transposed) == ((16, 2, 1, 1), 8, False)
+    assert grouped.grad_output_shape == (1, 16, 3, 3)
+    assert (grouped.weight_shape, grouped.groups, grouped.transposed) == ((16, 2, 1, 1), 8, False)
 
 
 def test_names_in_a_function_around_the_model():
@@ -372,18 +328,8 @@ def test_include_and_exclude():
     ],
 )
 def test_dtypes(device, dtype, reason):
-    graph = fx.Graph()
-    shapes = {"grad_output": (2, 8, 5, 5), "x": (2, 4, 5, 5), "weight": (8, 4, 1, 1)}
-    with FakeTensorMode():
-        tensors = {k: torch.empty(s, device=device).to(dtype) for k, s in shapes.items()}
-    nodes = [graph.placeholder(name) for name in tensors]
-    for node, tensor in zip(nodes, tensors.values(), strict=True):
-        node.meta["val"] = tensor
-    rest = ([0], [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [True, True, False])
-    backward = graph.call_function(CONVOLUTION_BACKWARD, (*nodes, *rest))
-    backward.meta["val"] = (tensors["x"], tensors["weight"], None)
-    outputs = [graph.call_function(operator.getitem, (backward, i)) for i in (0, 1)]
-    graph.output(tuple(outputs))
+    graph, outputs = convolution_on(device, dtype, (2, 8, 5, 5), 4)
+    backward = outputs[0].args[0]
     (decision,) = prune_input_grads(graph, SDGPConfig())
     assert decision.reason == reason
     assert (outputs[0].args[0] is backward) == bool(reason)
@@ -391,7 +337,7 @@ def test_dtypes(device, dtype, reason):
 
 @pytest.mark.parametrize("config", [SDGPConfig(n=4), SDGPConfig(m=32), SDGPConfig(include="no")])
 def test_leaves_alone(config):
-    gm = layer_graph("conv2d")
+    gm = convolution_graph("conv2d")
     before = gm.graph.python_code("self").src
     (decision,) = prune_input_grads(gm.graph, config)
     assert not decision.pruned
@@ -466,13 +412,13 @@ def test_every_layer_has_a_seed_of_its_own_from_one_draw(prune):
 
 
 def test_functions_without_numbers_draw_nothing():
-    gm = layer_graph("conv2d")
+    gm = convolution_graph("conv2d")
     prune_input_grads(gm.graph, SDGPConfig())
     assert not gm.graph.find_nodes(op="call_function", target=torch.ops.aten.randint.default)
 
 
 def test_a_copy_of_the_graph_is_rewritten_alike():
-    gm = layer_graph("conv2d")
+    gm = convolution_graph("conv2d")
     copy = copy_graph(gm)
     assert prune_input_grads(gm.graph, SDGPConfig()) == prune_input_grads(copy.graph, SDGPConfig())
 

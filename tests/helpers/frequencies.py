@@ -1,9 +1,9 @@
-"""Random choices against the probabilities that they should have.
+"""Frequencies of random events, held against their probabilities.
 
-With a seed drawn anew, a right implementation would fail in one of the comparisons of a file with a
-probability below FALSE_ALARMS: every mean of N independent draws is compared with its expectation
-up to what Chernoff's bound allows (for 0 or 1) or Hoeffding's (between two limits), and the rate is
-divided by the number of comparisons.
+Seeds are fixed, so that nothing here fails now and then. With a seed drawn anew, a right
+implementation would fail with a probability below FALSE_ALARMS: every mean of N independent draws
+is compared with its expectation up to what Chernoff's bound allows (for 0 or 1) or Hoeffding's
+(between two limits), and the rate is divided by the number of comparisons.
 """
 
 import math
@@ -13,7 +13,7 @@ import torch
 from . import by_hand
 
 FALSE_ALARMS = 1e-6
-COMPARISONS = 5000  # more than there are in a file
+COMPARISONS = 5000  # more than there are of one implementation
 THRESHOLD = math.log(2 * COMPARISONS / FALSE_ALARMS)
 DRAWS = 10_000
 
