@@ -1,4 +1,4 @@
-"""`python -m benchmarks.convolutions`: forward and both gradients of a network's convolutions."""
+"""`python -m benchmarks.convolutions`: time forward and gradients of a network's convolutions."""
 
 from __future__ import annotations
 
@@ -10,53 +10,40 @@ from functools import partial
 import torch
 
 from sdgp_fx.measurement.convolutions import PRODUCTS, Convolution, time_products
+from sdgp_fx.measurement.workload import DTYPES, Workload
 
-from . import command
-from .benchmark import Benchmark, Task
-from .layers import find_convolutions
-from .report import Row
+from .harness import command
+from .harness.benchmark import Benchmark, Task
+from .harness.report import Row
 
 
-def plan(
-    device: torch.device,
-    models: Sequence[str],
-    batch: int,
-    size: int,
-    dtype: str,
-    memory_format: str,
-    cudnn_benchmark: bool,
-    seconds: float,
-) -> list[Task]:
-    """A task for each distinct convolution of each model."""
-    tasks = []
-    for model in models:
-        for convolution, count in find_convolutions(model, batch, size).items():
-            arguments = (device, model, convolution, count, dtype, memory_format)
-            run = partial(measure, *arguments, cudnn_benchmark, seconds)
-            tasks.append(Task(f"{model} {convolution}", run))
-    return tasks
+def plan(workloads: Sequence[Workload], cudnn_benchmark: bool, seconds: float) -> list[Task]:
+    """Plan a task for each distinct convolution of each network."""
+    return [
+        Task(
+            f"{workload.model} {convolution}",
+            partial(measure, workload, convolution, count, cudnn_benchmark, seconds),
+        )
+        for workload in workloads
+        for convolution, count in workload.count_convolutions().items()
+    ]
 
 
 def measure(
-    device: torch.device,
-    model: str,
-    convolution: Convolution,
-    count: int,
-    dtype: str,
-    memory_format: str,
-    cudnn_benchmark: bool,
-    seconds: float,
+    workload: Workload, convolution: Convolution, count: int, cudnn_benchmark: bool, seconds: float
 ) -> list[Row]:
-    """A row with the times of all products of one convolution, without a bias."""
+    """Time all products of one convolution of a network, without a bias.
+
+    Args:
+        count: How often the network has it.
+    """
     torch.backends.cudnn.benchmark = cudnn_benchmark
-    format_ = command.MEMORY_FORMATS[memory_format]
-    times = time_products(convolution, getattr(torch, dtype), format_, device, seconds)
+    settings = (workload.torch_dtype, workload.torch_memory_format, workload.device)
+    times = time_products(convolution, *settings, seconds)
     row: Row = {
-        "model": model,
         "convolution": str(convolution),
         "count": count,
-        "dtype": dtype,
-        "memory_format": memory_format,
+        **workload.facts("batch", "size"),
         "flops": convolution.flops,
     }
     for name in PRODUCTS:
@@ -68,7 +55,7 @@ def measure(
 
 
 def headline(rows: Sequence[Row]) -> list[str]:
-    """For each model, how the time of all its convolutions divides."""
+    """Say, for each model, how the time of all its convolutions divides."""
     lines = []
     for model in dict.fromkeys(row["model"] for row in rows):
         totals = {
@@ -110,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         example="--model resnet18 --out convolutions.json",
     )
     parser.add_models(("resnet18",))
-    parser.add_dtype(command.DTYPES, "bfloat16")
+    parser.add_dtype(DTYPES, "bfloat16")
     parser.add_memory_format()
     parser.add_cudnn_benchmark()
     parser.add_seconds(0.5)

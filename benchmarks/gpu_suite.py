@@ -1,59 +1,46 @@
-"""`python -m benchmarks.gpu_suite`: first whether the kernels are right, then how fast they are."""
+"""`python -m benchmarks.gpu_suite`: check that the kernels are right, then time everything."""
 
 from __future__ import annotations
 
 import dataclasses
-import gc
-import multiprocessing
 import os
-import signal
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
-from multiprocessing.connection import Connection
+from collections.abc import Sequence
 from pathlib import Path
 from time import monotonic
 from typing import Any
 
 import torch
 
+from sdgp_fx.arguments import positive
 from sdgp_fx.config import PRUNING_FUNCTIONS
+from sdgp_fx.measurement.workload import MEMORY_FORMATS
 
-from . import ceilings, command, convolutions, prune_op, sparse_mm, train_step, whole_channels
-from .benchmark import Benchmark
-from .correctness import KERNELS, NETWORK, failures
-from .report import Report, caption, environment
-from .terminal import progress
+from . import ceilings, convolutions, prune_op, sparse_mm, train_step, whole_channels
+from .harness import command
+from .harness.benchmark import AUTO
+from .harness.correctness import KERNELS, NETWORK, failures
+from .harness.report import Report, caption, environment
+from .harness.terminal import progress
+from .harness.worker import DONE, FAILED, NO_TIME, Part, Worker
 
 # Seconds for what comes before the first part and after the last.
 RESERVE = 10
-# How much of the end of an output is sure to be seen.
+# Lines at the end of an output that are sure to be seen.
 LINES = 40
 
-DONE, FAILED, NO_TIME, NEEDS_CUDA = "done", "failed", "no time left", "needs CUDA"
-
-
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """A benchmark with its settings, as the suite runs it.
-
-    share: of the suite's time, the most it may take.
-    least: seconds; it isn't begun with less than these left.
-    check: nothing else is measured if this fails.
-    """
-
-    name: str
-    benchmark: Benchmark
-    settings: dict[str, Any]
-    share: float
-    least: float = 0
-    needs_cuda: bool = False
-    check: bool = False
+NEEDS_CUDA = "needs CUDA"
 
 
 @dataclasses.dataclass
 class Outcome:
-    """What became of a part. errors: what was raised, or found wrong."""
+    """The outcome of a part.
+
+    Attributes:
+        status: DONE, FAILED, NO_TIME or NEEDS_CUDA.
+        tasks: How many it has; None if that is not known.
+        errors: What was raised, or found wrong.
+    """
 
     part: str
     status: str
@@ -65,10 +52,11 @@ class Outcome:
 
 
 def suite(quick: bool, processes: int) -> list[Part]:
-    """The parts, the most important first.
+    """List the parts, the most important first.
 
-    quick: small shapes, to see that everything runs.
-    processes: that check the kernels.
+    Args:
+        quick: Small shapes, to see that everything runs.
+        processes: How many check the kernels.
     """
     networks = ["resnet18", "resnet50", "regnetx_004", "convnext_tiny"]
     images: dict[str, Any] = {"batch": 256, "size": 224}
@@ -78,12 +66,12 @@ def suite(quick: bool, processes: int) -> list[Part]:
     resnets = networks[:2]
     dtype = {"dtype": "bfloat16"}
     format_ = {"memory_format": "channels_last", "cudnn_benchmark": False}
-    deterministic = [v for v in prune_op.VARIANTS if v[0] in ("magnitude", "rescaled_magnitude")]
+    deterministic = [v for v in command.VARIANTS if v[0] in ("magnitude", "rescaled_magnitude")]
 
     kernels = {"ms": (4,) if quick else (4, 2, 8, 16, 32), "processes": processes}
     network: dict[str, Any] = {
         "variants": deterministic,
-        "memory_formats": list(command.MEMORY_FORMATS),
+        "memory_formats": list(MEMORY_FORMATS),
     }
     if quick:
         network = {name: values[-1:] for name, values in network.items()}
@@ -91,9 +79,10 @@ def suite(quick: bool, processes: int) -> list[Part]:
     best |= {**dtype, "seconds": 2 * seconds}
     prune = {**images, **dtype, "models": resnets, "seconds": seconds}
     prune |= {"functions": PRUNING_FUNCTIONS, "everything": False}
-    step = {**images, **format_, "dtype": train_step.AUTO, "mode": "default", "compiles": 1}
+    step = {**images, **format_, "dtype": AUTO, "mode": "default", "compiles": 1}
     step |= {"n": 2, "m": 4, "prune": "rescaled_magnitude", "rescale": "group"}
-    step |= {"structure": "element", "also": (), "cached": False, "cpu_time": False}
+    step |= {"structure": "element", "layers": "all"}
+    step |= {"also": (), "cached": False, "cpu_time": False}
     step |= {"inner": "aot_eager" if quick else "inductor", "seconds": 20 * seconds}
     convolution = {**images, **dtype, **format_, "seconds": seconds}
     whole = {**convolution, "models": resnets[:1], "patterns": whole_channels.PATTERNS}
@@ -129,104 +118,16 @@ def suite(quick: bool, processes: int) -> list[Part]:
     ]
 
 
-class Worker:
-    """A process that runs parts, one after the other.
-
-    It is of its own so that nothing a part does keeps the suite from its end: not a compilation
-    that no signal interrupts, a crash, or an error after which a process can't use the GPU.
-    """
-
-    def __init__(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(theirs,))
-        # Ctrl-C goes to all processes of a terminal; started so, these leave it to the suite.
-        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        try:
-            self.process.start()
-        finally:
-            signal.signal(signal.SIGINT, handler)
-        theirs.close()
-        assert self.process.pid is not None
-        self.leader = self.process.pid
-
-    def run(
-        self, part: Part, device: torch.device, report: Report, deadline: float
-    ) -> tuple[str, int | None, list[str]]:
-        """Run a part, adding to report; return its status, number of tasks, and errors."""
-        tasks = None
-        errors = []
-        with suppress(ConnectionError):  # What has ended by now shows below.
-            self.connection.send((part, device))
-        while (left := deadline - monotonic()) > 0 and self.connection.poll(left):
-            try:
-                kind, value = self.connection.recv()
-            except (EOFError, ConnectionError):
-                self.process.join()
-                errors.append(f"the process ended with exit code {self.process.exitcode}")
-                return FAILED, tasks, errors
-            if kind == "tasks":
-                tasks = value
-            elif kind == "rows":
-                report.add(value)
-            elif kind == "error":
-                errors.append(value)
-            else:
-                return FAILED if errors else DONE, tasks, errors
-        return NO_TIME, tasks, errors
-
-    def end(self, patience: float = 0) -> None:
-        """End it and what it has started; let it do so by itself for so many seconds."""
-        self.connection.close()
-        self.process.join(patience)
-        with suppress(ProcessLookupError):  # All have ended, or it has not made its group yet.
-            os.killpg(self.leader, signal.SIGKILL)
-        self.process.kill()
-        self.process.join()
-
-
-def serve(connection: Connection) -> None:
-    """Run the parts that come from connection, and send back what messages() says of them."""
-    os.setsid()
-    while True:
-        try:
-            part, device = connection.recv()
-        except EOFError:
-            return
-        for message in messages(part, device):
-            connection.send(message)
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-
-
-def messages(part: Part, device: torch.device) -> Iterator[tuple[str, Any]]:
-    """Run a part: ("tasks", number), ("rows", of a task) or ("error", in words), ("end", None)."""
-    try:
-        tasks = part.benchmark.plan(device, **part.settings)
-    except Exception as error:
-        yield "error", in_words(error)
-        tasks = []
-    yield "tasks", len(tasks)
-    for task in tasks:
-        try:
-            yield "rows", task.run()
-        except Exception as error:
-            yield "error", f"{task.name}: {in_words(error)}"
-    yield "end", None
-
-
-def in_words(error: Exception) -> str:
-    """Type and first line of an error."""
-    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
-
-
 def run_suite(
     parts: Sequence[Part], device: torch.device, out: Path, seconds: float, note: str
 ) -> int:
-    """Run parts within seconds, write out/PART.json and out/summary.json; return the exit code.
+    """Run parts within seconds; write out/PART.json and out/summary.json.
 
-    note: a line for the summary.
+    Args:
+        note: A line for the summary.
+
+    Returns:
+        The exit code.
     """
     deadline = monotonic() + seconds
     settings = {"seconds": seconds, "note": note}
@@ -289,7 +190,7 @@ def run_part(
 
 
 def describe(outcomes: Sequence[Outcome]) -> list[str]:
-    """A line for each part, then what is wrong, then what came out."""
+    """Write a line for each part, then what is wrong, then what came out."""
     width = max((len(outcome.part) for outcome in outcomes), default=0)
     lines = [
         f"{o.part:{width}}  {o.status:{len(NO_TIME)}}  {o.rows:4} rows  {o.seconds:5.1f} s"
@@ -315,7 +216,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="DIR", help="folder for the JSON files")
     minutes = "for everything (%(default)s)"
-    add("--minutes", type=command.positive(float), default=8, help=minutes)
+    add("--minutes", type=positive(float), default=8, help=minutes)
     quick = "a dry run with small shapes, which the CPU can do too; its figures mean nothing"
     add("--quick", action="store_true", help=quick)
     args = parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.prune_op`: the pruning operator beside a copy of the same tensor."""
+"""`python -m benchmarks.prune_op`: time the pruning operator beside a copy of the same tensor."""
 
 from __future__ import annotations
 
@@ -11,23 +11,18 @@ from functools import partial
 
 import torch
 
-from sdgp_fx.config import PRUNING_FUNCTIONS, RESCALE_SCOPES
+from sdgp_fx.config import PRUNING_FUNCTIONS
 from sdgp_fx.kernels.op import prune_nm
 from sdgp_fx.measurement import timing
+from sdgp_fx.measurement.workload import DTYPES, MEMORY_FORMATS, Workload
 
-from . import command
-from .benchmark import Benchmark, Task
-from .layers import find_convolutions
-from .report import Row
+from .harness import command
+from .harness.benchmark import Benchmark, Task
+from .harness.report import Row
 
 M = (2, 4, 8, 16, 32)
 DEFAULT_M = 4
 DEFAULT_VARIANT = ("rescaled_magnitude", "group")
-VARIANTS = [
-    (prune, rescale)
-    for prune in PRUNING_FUNCTIONS
-    for rescale in (RESCALE_SCOPES if prune == "rescaled_magnitude" else ("group",))
-]
 
 _COPY = ("copy", "")
 
@@ -35,49 +30,49 @@ Shape = tuple[int, ...]
 
 
 def plan(
-    device: torch.device,
-    models: Sequence[str],
-    batch: int,
-    size: int,
-    dtype: str,
+    workloads: Sequence[Workload],
     functions: Sequence[str],
     ms: Sequence[int],
     everything: bool,
     seconds: float,
 ) -> list[Task]:
-    """A task for each m, shape and memory format; those of the default m first.
+    """Plan a task for each m, shape and memory format; those of the default m first.
 
     Every shape is pruned the default way; all functions, scopes and m are for the shape of
     median size alone, or with everything for all shapes.
+
+    Args:
+        workloads: Of one dtype, on one device.
     """
-    shapes = gradient_shapes(models, batch, size)
+    shapes = gradient_shapes(workloads)
     if not shapes:
+        models = [workload.model for workload in workloads]
         raise ValueError(f"--model: expected a network with layers to prune, got {models}")
+    device, dtype = workloads[0].device, workloads[0].dtype
     median = sorted(shapes, key=math.prod)[len(shapes) // 2]
     tasks = []
     for m in sorted(ms, key=lambda m: m != DEFAULT_M):
         for shape in shapes:
             thorough = everything or shape == median
-            variants = VARIANTS if thorough else [DEFAULT_VARIANT] * (m == DEFAULT_M)
+            variants = command.VARIANTS if thorough else [DEFAULT_VARIANT] * (m == DEFAULT_M)
             variants = [variant for variant in variants if variant[0] in functions]
             if not variants or shape[1] % m:
                 continue
-            for memory_format in command.MEMORY_FORMATS:
+            for memory_format in MEMORY_FORMATS:
                 name = f"{'x'.join(map(str, shape))} {memory_format} {m // 2}:{m}"
                 arguments = (device, shape, dtype, memory_format, m, variants, seconds)
                 tasks.append(Task(name, partial(measure, *arguments)))
     return tasks
 
 
-def gradient_shapes(models: Sequence[str], batch: int, size: int) -> list[Shape]:
-    """The distinct shapes of output gradients that 2:4 pruning gets in these networks."""
+def gradient_shapes(workloads: Sequence[Workload]) -> list[Shape]:
+    """Return the distinct shapes of output gradients that 2:4 pruning gets in these networks."""
     return list(
         dict.fromkeys(
             convolution.output
-            for model in models
-            for convolution in find_convolutions(model, batch, size)
-            if convolution.needs_input_gradient
-            and convolution.output[1] // convolution.groups % DEFAULT_M == 0
+            for workload in workloads
+            for convolution in workload.count_convolutions()
+            if convolution.is_prunable(DEFAULT_M)
         )
     )
 
@@ -91,13 +86,17 @@ def measure(
     variants: Sequence[tuple[str, str]],
     seconds: float,
 ) -> list[Row]:
-    """A row for each variant, (prune, rescale), at m / 2 of m, all timed in turn with a copy."""
+    """Time variants, (prune, rescale), at m / 2 of m, in turn with a copy.
+
+    Returns:
+        A row for each variant.
+    """
     torch_dtype = getattr(torch, dtype)
     size = math.prod(shape) * torch_dtype.itemsize
 
     def gradient() -> torch.Tensor:
         x = torch.randn(shape, device=device, dtype=torch_dtype)
-        return x.contiguous(memory_format=command.MEMORY_FORMATS[memory_format])
+        return x.contiguous(memory_format=MEMORY_FORMATS[memory_format])
 
     gradients = timing.cold(gradient, size, device)
     seed = torch.tensor([42], device=device)
@@ -134,7 +133,7 @@ def measure(
 
 
 def headline(rows: Sequence[Row]) -> list[str]:
-    """Share of the copy's bandwidth by function: the median over the shapes."""
+    """Say what share of the copy's bandwidth each function has: the median over the shapes."""
     shares: dict[str, dict[str, list[float]]] = {}
     for row in rows:
         function = " ".join(filter(None, (row["prune"], row["rescale"])))
@@ -178,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         example="--model resnet18 --dtype float16 --out prune_op.json",
     )
     parser.add_models(("resnet18", "resnet50"))
-    parser.add_dtype(command.DTYPES, "bfloat16")
+    parser.add_dtype(DTYPES, "bfloat16")
     parser.add_list(
         "--prune",
         "functions",

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.roofline`: what pruning could save of a network's convolutions, at most.
+"""`python -m benchmarks.roofline`: count what pruning could save of a network's convolutions.
 
 Operations and bytes are counted, nothing is run or timed. A product takes as long as its
 operations at the GPU's rate, or as its operands and its result, each moved once, at the GPU's
@@ -14,12 +14,13 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
-import torch
+from sdgp_fx.arguments import positive
+from sdgp_fx.measurement.convolutions import Convolution
+from sdgp_fx.measurement.workload import Workload
 
-from . import command
-from .benchmark import Benchmark, Task
-from .layers import Convolution, find_convolutions
-from .report import Row
+from .harness import command
+from .harness.benchmark import Benchmark, Task
+from .harness.report import Row
 
 MODELS = ("resnet18", "resnet50")
 SPEEDUPS = (2.0, 1.2)
@@ -30,13 +31,18 @@ COMPRESSED = N * (16 + 2) / (M * 16)
 
 
 class Rates(NamedTuple):
-    """Operations (16-bit, dense) and bytes in a second."""
+    """Rates of a GPU.
+
+    Attributes:
+        flops: Dense operations in 16 bits, a second.
+        bandwidth: Bytes a second.
+    """
 
     flops: float
     bandwidth: float
 
     def seconds(self, flops: float, size: float) -> float:
-        """Of a product that moves size bytes."""
+        """Return the time of a product that moves size bytes."""
         return max(flops / self.flops, size / self.bandwidth)
 
 
@@ -47,8 +53,9 @@ GPUS = {"H100": Rates(989.4e12, 3.35e12), "H200": Rates(989.4e12, 4.8e12)}
 class Prune(NamedTuple):
     """How the pruned gradient gets to the product, in multiples of the gradient's bytes.
 
-    moved: by the prune, beside what computing the gradient takes.
-    read: by the product.
+    Attributes:
+        moved: By the prune, beside what computing the gradient takes.
+        read: By the product.
     """
 
     moved: float
@@ -66,10 +73,12 @@ PRUNES = {
 
 
 class Costs(NamedTuple):
-    """Seconds of a convolution's products. input_gradient: 0 where none is computed.
+    """Seconds of a convolution's products.
 
-    pruned: of the input gradient and its prune, by the name of the prune; empty where the layer
-        cannot be pruned.
+    Attributes:
+        input_gradient: 0 where none is computed.
+        pruned: Of the input gradient and its prune, by the name of the prune; empty where the
+            layer cannot be pruned.
     """
 
     forward: float
@@ -79,11 +88,16 @@ class Costs(NamedTuple):
 
     @property
     def dense(self) -> float:
+        """All three products without pruning."""
         return self.forward + self.input_gradient + self.weight_gradient
 
 
 def costs(convolution: Convolution, rates: Rates, speedup: float) -> Costs:
-    """speedup: of the operations of a product with a 2:4 operand."""
+    """Count the costs of a convolution.
+
+    Args:
+        speedup: Of the operations of a product with a 2:4 operand.
+    """
     x, weight, output = (
         math.prod(shape) * ITEMSIZE
         for shape in (convolution.input, convolution.weight, convolution.output)
@@ -102,12 +116,12 @@ def costs(convolution: Convolution, rates: Rates, speedup: float) -> Costs:
         forward=with_input,
         input_gradient=rates.seconds(flops, x + weight + output),
         weight_gradient=with_input,
-        pruned=pruned if is_prunable(convolution) else {},
+        pruned=pruned if convolution.is_prunable(M) else {},
     )
 
 
 def _read_of_input(convolution: Convolution) -> int:
-    """How many values: strides longer than the kernel leave some out."""
+    """Count the values that are read: strides longer than the kernel leave some out."""
     if convolution.transposed:
         return math.prod(convolution.input)
     spatial = zip(
@@ -117,14 +131,8 @@ def _read_of_input(convolution: Convolution) -> int:
     return math.prod(convolution.input[:2]) * read
 
 
-def is_prunable(convolution: Convolution) -> bool:
-    """Whether sdgp prunes it: an input gradient, and groups of whole patterns."""
-    channels, groups = convolution.output[1], convolution.groups
-    return convolution.needs_input_gradient and channels % (groups * M) == 0
-
-
 def attained(compute: float, bandwidth: float) -> dict[str, Rates]:
-    """GPUS at these shares of their operations and of their bandwidth."""
+    """Return GPUS at these shares of their operations and of their bandwidth."""
     return {
         gpu: Rates(rates.flops * compute, rates.bandwidth * bandwidth)
         for gpu, rates in GPUS.items()
@@ -132,17 +140,11 @@ def attained(compute: float, bandwidth: float) -> dict[str, Rates]:
 
 
 def plan(
-    device: torch.device,
-    models: Sequence[str],
-    batch: int,
-    size: int,
-    speedups: Sequence[float],
-    compute: float,
-    bandwidth: float,
+    workloads: Sequence[Workload], speedups: Sequence[float], compute: float, bandwidth: float
 ) -> list[Task]:
-    """A task for each model."""
+    """Plan a task for each network."""
     rates = attained(compute, bandwidth)
-    found = {model: find_convolutions(model, batch, size) for model in models}
+    found = {workload.model: workload.count_convolutions() for workload in workloads}
     return [
         Task(model, partial(count, model, convolutions, rates, speedups))
         for model, convolutions in found.items()
@@ -155,7 +157,7 @@ def count(
     gpus: Mapping[str, Rates],
     speedups: Sequence[float],
 ) -> list[Row]:
-    """A row for each GPU and speedup."""
+    """Summarize a network for each GPU and speedup."""
     return [
         summary(model, convolutions, gpu, rates, speedup)
         for gpu, rates in gpus.items()
@@ -166,7 +168,7 @@ def count(
 def summary(
     model: str, convolutions: Mapping[Convolution, int], gpu: str, rates: Rates, speedup: float
 ) -> Row:
-    """What pruning saves of the time of all convolutions.
+    """Sum up what pruning saves of the time of all convolutions.
 
     In "NAME", the layers are pruned in which it saves time; in "NAME_all", all that can be.
     """
@@ -191,7 +193,7 @@ def summary(
 
 
 def headline(rows: Sequence[Row]) -> list[str]:
-    """What is saved at best, for each network, GPU and speedup."""
+    """Say what is saved at best, for each network, GPU and speedup."""
     return [
         f"{row['model']} on {row['gpu']}, sparse products {row['speedup']:g} x as fast: at most "
         f"{row['fused']:.1%} of the convolutions' time, in {row['fused_layers']} of "
@@ -234,7 +236,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_models(MODELS)
     factor = "of the operations of a product with a 2:4 operand"
-    number = command.positive(float)
+    number = positive(float)
     parser.add_list("--speedup", "speedups", SPEEDUPS, type=number, metavar="FACTOR", help=factor)
     add = parser.add_argument
     share = "share of the data sheet's {} that is attained (%(default)s)"

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.sparse_mm`: cuSPARSELt's 2:4 sparse product beside the dense one.
+"""`python -m benchmarks.sparse_mm`: time cuSPARSELt's 2:4 sparse product beside the dense one.
 
 The input gradient of a 1x1 convolution is grad_output @ weight, [positions, C_out] by
 [C_out, C_in]. grad_output pruned along its channels is 2:4 along the dimension that is summed
@@ -19,47 +19,45 @@ import torch
 from torch import Tensor
 
 from sdgp_fx import prune
+from sdgp_fx.arguments import positive
 from sdgp_fx.measurement import timing
+from sdgp_fx.measurement.workload import Workload
 
-from . import command
-from .benchmark import Benchmark, Task
-from .layers import find_convolutions
-from .report import Row
+from .harness import command
+from .harness.benchmark import Benchmark, Task
+from .harness.report import Row
 
 Product = tuple[int, int, int]
 
 
-def plan(
-    device: torch.device,
-    models: Sequence[str],
-    batch: int,
-    size: int,
-    squares: Sequence[int],
-    dtype: str,
-    seconds: float,
-) -> list[Task]:
-    """A task for each square product, and for each input gradient of a 1x1 convolution."""
+def plan(workloads: Sequence[Workload], squares: Sequence[int], seconds: float) -> list[Task]:
+    """Plan a task for each square product, and each input gradient of a 1x1 convolution.
+
+    Args:
+        workloads: Of one dtype, on one device.
+    """
+    device, dtype = workloads[0].device, workloads[0].dtype
     if device.type != "cuda":
         raise ValueError(f"--device: expected cuda, which cuSPARSELt needs, got {device.type}")
     products = [(square,) * 3 for square in squares]
-    products += [p for model in models for p in input_gradients(model, batch, size)]
+    products += [product for workload in workloads for product in input_gradients(workload)]
     return [
         Task("x".join(map(str, product)), partial(measure, device, product, dtype, seconds))
         for product in dict.fromkeys(products)
     ]
 
 
-def input_gradients(model: str, batch: int, size: int) -> list[Product]:
-    """Positions, C_out and C_in of the 1x1 convolutions of a model that have input gradients."""
+def input_gradients(workload: Workload) -> list[Product]:
+    """Return positions, C_out and C_in of the 1x1 convolutions that have input gradients."""
     return [
         (math.prod(c.output) // c.output[1], c.output[1], c.input[1])
-        for c in find_convolutions(model, batch, size)
+        for c in workload.count_convolutions()
         if c.needs_input_gradient and math.prod(c.weight[2:]) == c.groups == 1
     ]
 
 
 def measure(device: torch.device, product: Product, dtype: str, seconds: float) -> list[Row]:
-    """A row for [rows, inner] by [inner, columns]: dense, sparse, and the compression apart."""
+    """Time [rows, inner] by [inner, columns]: dense, sparse, and the compression apart."""
     rows, inner, columns = product
     torch_dtype = getattr(torch, dtype)
 
@@ -106,7 +104,7 @@ def measure(device: torch.device, product: Product, dtype: str, seconds: float) 
 
 
 def headline(rows: Sequence[Row]) -> list[str]:
-    """Speed of sparse against dense products: of each square one, and of the others' median."""
+    """Compare sparse with dense products: each square one, and the median of the others."""
     lines = []
     others = []
     for row in rows:
@@ -153,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--square",
         "squares",
         (4096, 8192),
-        type=command.positive(int),
+        type=positive(int),
         metavar="SIZE",
         help=squares,
     )

@@ -1,16 +1,16 @@
-"""`python -m benchmarks.timm_summary FILE`: results of timm_sweep on a page of Markdown."""
+"""`python -m benchmarks.timm_summary FILE`: show results of timm_sweep as Markdown."""
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from sdgp_fx.arguments import OneLineParser
 from sdgp_fx.passes.decisions import DEPTHWISE, NO_INPUT_GRADIENT, NOT_A_MULTIPLE
 
-from .report import Row
+from .harness.report import Row
 from .timm_sweep import Results
 
 _KINDS = {"conv": "convolutions", "linear": "linear layers"}
@@ -18,7 +18,7 @@ _REASONS = (NO_INPUT_GRADIENT, DEPTHWISE, NOT_A_MULTIPLE)
 
 
 def summary(results: Results) -> str:
-    """What came out in all, what failed, and a line for each family.
+    """Sum up what came out in all, what failed, and each family.
 
     A network counts as another of the same structure, if that was examined.
     """
@@ -114,7 +114,7 @@ def _cell(text: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command in argv, sys.argv by default; return the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="python -m benchmarks.timm_summary",
         description="Show results of benchmarks.timm_sweep on a page of Markdown.",
     )

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.timm_sweep`: every network of timm and torchvision through the backend.
+"""`python -m benchmarks.timm_sweep`: compile every network of timm and torchvision.
 
 A training step of each is compiled by sdgp, with aot_eager inside, and its joint graphs are held
 against what they were. Where tensors have shapes and no values, the largest network takes seconds
@@ -24,14 +24,15 @@ from torch import fx, nn
 from torch._dynamo.utils import counters
 
 from sdgp_fx import SDGPConfig
+from sdgp_fx.arguments import check_file, positive
 from sdgp_fx.backend import aot_eager
-from sdgp_fx.cli.arguments import positive
+from sdgp_fx.errors import first_line
 from sdgp_fx.passes.decisions import Decision
 from sdgp_fx.passes.prune_input_grads import prune_input_grads
 
-from . import command
-from .apart import run_apart
-from .architectures import (
+from .harness import command
+from .harness.apart import run_apart
+from .harness.architectures import (
     Architecture,
     Example,
     describe,
@@ -39,9 +40,9 @@ from .architectures import (
     list_architectures,
     loss,
 )
-from .report import ROOT, Row, commit, write_text
-from .rewrite import Original
-from .terminal import progress
+from .harness.report import ROOT, Row, commit, write_text
+from .harness.rewrite import Original
+from .harness.terminal import progress
 
 CONFIG = SDGPConfig(targets="conv,linear", inner="aot_eager")
 
@@ -53,10 +54,11 @@ _LIFETIME = 25  # Networks that a process examines; a new one compiles the first
 
 @dataclasses.dataclass
 class Results:
-    """What is known of networks by their full names, written to path whenever some is added.
+    """Results for networks by their full names, saved whenever there are more.
 
-    networks: each one's family, how many parameters it has, and a digest of its structure.
-    rows: of one network of each structure.
+    Attributes:
+        networks: Each one's family, how many parameters it has, and a digest of its structure.
+        rows: One for a network of each structure.
     """
 
     path: Path
@@ -65,7 +67,11 @@ class Results:
 
     @classmethod
     def load(cls, path: Path) -> Results:
-        """Those of an earlier run, none if there is no file. Raises ValueError for another file."""
+        """Load those of an earlier run, none if there is no file.
+
+        Raises:
+            ValueError: The file is something else.
+        """
         if not path.exists():
             return cls(path)
         try:
@@ -76,7 +82,7 @@ class Results:
 
     @property
     def examined(self) -> dict[str, Row]:
-        """The row for each structure."""
+        """Rows by structure."""
         return {self.networks[name][-1]: row for name, row in self.rows.items()}
 
     def save(self) -> None:
@@ -88,7 +94,7 @@ class Results:
 
 @dataclasses.dataclass
 class _Counts:
-    """What the backend sees while a network is compiled."""
+    """Counts of what the backend sees while a network is compiled."""
 
     graphs: int = 0
     decisions: list[Decision] = dataclasses.field(default_factory=list)
@@ -97,19 +103,19 @@ class _Counts:
     identical: int = 0
 
     def rewrite(self, graph: fx.Graph) -> None:
-        """The pass, and the check of what it does."""
+        """Run the pass, and check what it does."""
         original = Original(graph)
         decisions = prune_input_grads(graph, CONFIG)
         result = original.check(graph, decisions, CONFIG)
         self.graphs += 1
-        self.decisions += decisions
+        self.decisions += [dataclasses.replace(decision, layer=None) for decision in decisions]
         self.violations += result.violations
         self.gradients += result.gradients
         self.identical += result.identical
 
 
 def examine(architecture: Architecture) -> Row:
-    """A row: what sdgp does to a network; where it fails, what stock aot_eager does.
+    """Compile a network with sdgp and, where that fails, with stock aot_eager; return a row.
 
     Without values, and with values where stock fails without: some networks look at them.
     """
@@ -160,7 +166,7 @@ def _examine(architecture: Architecture, fake: bool) -> Row:
 
 
 def examine_stock(architecture: Architecture) -> str:
-    """That stock aot_eager compiles a network, or how it fails, as in a row."""
+    """Say, as in a row, that stock aot_eager compiles a network, or how it fails."""
     stock = _examine_stock(architecture, fake=True)
     return stock if stock == _COMPILES else _examine_stock(architecture, fake=False)
 
@@ -187,9 +193,9 @@ def train(example: Example, backend: Any) -> None:
 
 
 def _compare(network: nn.Module, decisions: Iterable[Decision]) -> Row:
-    """How many convolutions and linear layers got a gradient, by kind.
+    """Count the convolutions and linear layers that got a gradient, by kind.
 
-    unnamed: how many of them have no decision of their name, and one of these.
+    "unnamed" in the result is how many of them have no decision of their name, and one of these.
     """
     decided = {(decision.kind, decision.module) for decision in decisions}
     trained = [
@@ -206,14 +212,13 @@ def _compare(network: nn.Module, decisions: Iterable[Decision]) -> Row:
 
 
 def _describe(stage: str, error: Exception) -> str:
-    """The class of an error, or of what Dynamo wraps, and the first line of what it says."""
+    """Return the class of an error, or of the one that Dynamo wraps, and its first line."""
     error = getattr(error, "inner_exception", error)
-    line = next((line for line in str(error).splitlines() if line.strip()), "")
-    return f"{stage}: {type(error).__name__}: {line[:200]}"
+    return f"{stage}: {type(error).__name__}: {first_line(error)[:200]}"
 
 
 def describe_all(architectures: Sequence[Architecture]) -> list[tuple[int, str]]:
-    """Parameters and structure of networks; no parameters if it can't be built."""
+    """Describe networks; one that can't be built has no parameters, and its name for a digest."""
     described = []
     for architecture in architectures:
         try:
@@ -224,7 +229,7 @@ def describe_all(architectures: Sequence[Architecture]) -> list[tuple[int, str]]
 
 
 def ordered(architectures: Sequence[Architecture], results: Results) -> list[Architecture]:
-    """The smallest of each family, then all others, each by size; one of each structure."""
+    """Order networks: the smallest of each family, then the others; one of each structure."""
     by_size = sorted(architectures, key=lambda a: (results.networks[a.full_name][1], a.full_name))
     structures: dict[str, Architecture] = {}
     for architecture in by_size:
@@ -240,7 +245,7 @@ def ordered(architectures: Sequence[Architecture], results: Results) -> list[Arc
 
 
 def versions() -> str:
-    """What rows depend on."""
+    """Return the versions that rows depend on."""
     return (
         f"torch {torch.__version__}, timm {timm.__version__}, "
         f"torchvision {torchvision.__version__}, commit {commit(ROOT) or 'unknown'}"
@@ -254,7 +259,13 @@ def sweep(
     limit: float,
     minutes: float | None,
 ) -> None:
-    """Examine what results don't have yet, and save them after each network."""
+    """Examine what results don't have yet, and save them after each network.
+
+    Args:
+        jobs: Processes at a time.
+        limit: Seconds after which a network is given up.
+        minutes: No network is begun later; None for no end.
+    """
     end = time.monotonic() + 60 * minutes if minutes else float("inf")
     made_with = versions()
 
@@ -304,7 +315,7 @@ def sweep(
 
 
 def headline(results: Results) -> list[str]:
-    """How many networks compile, and each structure that doesn't or is not as it must be."""
+    """Say what fails or violates the rules, and how many networks compile."""
     lines = []
     for row in results.rows.values():
         if row["error"]:
@@ -335,7 +346,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--redo", action="store_true", help="what was made with other versions or commits, too")
     args = parser.parse_args(argv)
     try:
-        command.check_out(args.out)
+        check_file("--out", args.out)
         results = Results.load(args.out)
         chosen = [a for a in list_architectures() if fnmatchcase(a.full_name, args.only)]
         if not chosen:

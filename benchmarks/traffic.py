@@ -1,4 +1,4 @@
-"""`python -m benchmarks.traffic`: what a backward pass launches and moves on a GPU, counted.
+"""`python -m benchmarks.traffic`: count what a backward pass launches and moves on a GPU.
 
 The code of a training step is generated for a GPU by stock Inductor and by sdgp, and read. No GPU
 is needed, and nothing is run or timed.
@@ -11,7 +11,7 @@ import math
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -28,17 +28,16 @@ from torch._inductor.scheduler import (
 )
 from torch.utils._ordered_set import OrderedSet
 
-from sdgp_fx import SDGPConfig, sdgp
-from sdgp_fx.cli.networks import check_model
+from sdgp_fx import SDGPConfig
 from sdgp_fx.inductor.lowering import TileLoops
 from sdgp_fx.kernels.op import PRUNE_NM
-from sdgp_fx.passes import layers
+from sdgp_fx.measurement.workload import DTYPES, Workload
+from sdgp_fx.passes import marks
 
-from . import command
-from .benchmark import Benchmark, Task
-from .gpu_codegen import generate
-from .layers import build_network
-from .report import Row
+from .harness import command
+from .harness.benchmark import Benchmark, Task, options_of
+from .harness.gpu_codegen import generate
+from .harness.report import Row
 
 MODELS = (
     "resnet18",
@@ -53,16 +52,20 @@ MODELS = (
 
 @dataclasses.dataclass(frozen=True)
 class Backward:
-    """What the generated code of a backward pass does.
+    """Counts of the generated code of a backward pass.
 
-    launches: of generated kernels, and calls of this package's own. Libraries' kernels, such as
-        those of convolutions, are the same with and without pruning, and left out.
-    kernels: different generated ones.
-    read, written: bytes by these launches: each tensor, or the part that is used, once a launch.
-        What a kernel reads of its own results has not left its registers and is not counted.
-    pruned: bytes of each gradient that is pruned.
-    unfused: what computes the gradient, for each that is pruned in a launch of its own.
-    peak: the most bytes that are held at once, by Inductor's estimate; with the saved tensors.
+    Attributes:
+        launches: Launches of generated kernels, and calls of this package's own. Libraries'
+            kernels, such as those of convolutions, are the same with and without pruning, and
+            left out.
+        kernels: Different generated kernels.
+        read, written: Bytes by these launches: each tensor, or the part that is used, once a
+            launch. What a kernel reads of its own results has not left its registers and is not
+            counted.
+        pruned: Bytes of each gradient that is pruned.
+        unfused: What computes the gradient, for each that is pruned in a launch of its own.
+        peak: The most bytes that are held at once, by Inductor's estimate; with the saved
+            tensors.
     """
 
     launches: int
@@ -83,7 +86,7 @@ class Backward:
             results = {dep.name for dep in writes}
             written += _bytes(graph, writes)
             read += _bytes(graph, (d for d in node.read_writes.reads if d.name not in results))
-        pruned = filter(layers.is_pruned, graph.orig_gm.graph.nodes)
+        pruned = [node for node in graph.orig_gm.graph.nodes if marks.DECISION in node.meta]
         return cls(
             launches=code.count(".run(") + sum(map(_is_own_kernel, nodes)),
             kernels=len(set(re.findall(r"^def (triton_\w+)", code, re.M))),
@@ -96,11 +99,9 @@ class Backward:
 
 
 def _dense_bytes(pruned: fx.Node) -> int:
-    """Of the gradient that a pruned one is made of."""
-    value = pruned.meta["val"]
-    dense = pruned.meta.get(layers.DECISION)
-    size = value.shape if dense is None else dense.grad_output
-    return math.prod(size) * int(value.itemsize)
+    """Return the bytes of the gradient that a pruned one is made of."""
+    shape = pruned.meta[marks.DECISION].grad_output_shape
+    return math.prod(shape) * int(pruned.meta["val"].itemsize)
 
 
 def _is_counted(node: BaseSchedulerNode) -> bool:
@@ -115,14 +116,14 @@ def _is_own_kernel(node: BaseSchedulerNode) -> bool:
 
 
 def _bytes(graph: GraphLowering, dependencies: Iterable[Dep]) -> int:
-    """Of all tensors in memory among dependencies; no more than a tensor has, however often."""
+    """Count the bytes of dependencies that are in memory, no more than each tensor has."""
     accessed: Counter[str] = Counter()
     for dependency in set(dependencies):
         if dependency.name in graph.removed_buffers:
             continue
         buffer = graph.name_to_buffer.get(dependency.name)
         if isinstance(buffer, FallbackKernel) and not buffer.has_tensor_output():
-            # On torch 2.11 what a call returns is a buffer of its own.
+            # On torch 2.11 each result of a call is a buffer of its own.
             names = [result.get_name() for result in buffer.outputs]
             accessed.update({name: _size(graph, name) for name in names})
         else:
@@ -135,14 +136,14 @@ def _size(graph: GraphLowering, name: str) -> int:
 
 
 def _unfused(graph: GraphLowering, node: BaseSchedulerNode) -> list[str]:
-    """What computes the gradients that are pruned in this launch, those from other launches."""
+    """Name what computes the gradients that are pruned in this launch but come from others."""
     if isinstance(node.node, FallbackKernel):
         return ["not lowered"] if node.node.op_overload is PRUNE_NM else []
     results = {dep.name for dep in node.read_writes.writes}
     sources = []
     for part in node.get_nodes():
         if isinstance(getattr(part.node, "data", None), TileLoops):
-            # Not the seed, which is the other thing that may be read.
+            # The seed, which may be read as well, is smaller.
             gradient = max(part.read_writes.reads, key=lambda dep: dep.numbytes_hint())
             if gradient.name not in results:
                 sources.append(_source(graph, gradient.name))
@@ -150,7 +151,7 @@ def _unfused(graph: GraphLowering, node: BaseSchedulerNode) -> list[str]:
 
 
 def _source(graph: GraphLowering, name: str) -> str:
-    """What kind of launch computes a tensor."""
+    """Name the kind of launch that computes a tensor."""
     scheduler = graph.scheduler
     if name not in scheduler.name_to_buf:
         return "input of the graph"
@@ -172,65 +173,36 @@ def _peak(graph: GraphLowering) -> int:
     return peak
 
 
-def plan(
-    device: torch.device,
-    models: Sequence[str],
-    batch: int,
-    size: int,
-    dtype: str,
-    memory_format: str,
-    n: int,
-    m: int,
-    prune: str,
-    rescale: str,
-    structure: str,
-) -> list[Task]:
-    """A task for each model."""
-    pruning: dict[str, Any] = {"n": n, "m": m, "prune": prune, "rescale": rescale}
-    pruning["structure"] = structure
-    SDGPConfig(**pruning)
-    for model in models:
-        check_model(model, "--model")
-    return [
-        Task(model, partial(compare, model, batch, size, dtype, memory_format, pruning))
-        for model in models
-    ]
+def plan(workloads: Sequence[Workload], config: SDGPConfig) -> list[Task]:
+    """Plan a task for each network."""
+    return [Task(workload.model, partial(compare, workload, config)) for workload in workloads]
 
 
-def compare(
-    model: str, batch: int, size: int, dtype: str, memory_format: str, pruning: dict[str, Any]
-) -> list[Row]:
-    """A row: stock's backward, sdgp's, and how they differ."""
-    format_ = command.MEMORY_FORMATS[memory_format]
-    network = build_network(model).to(getattr(torch, dtype)).to(memory_format=format_)
-    images = torch.empty(batch, 3, size, size, dtype=getattr(torch, dtype), device="meta")
-    images = images.contiguous(memory_format=format_)
+def compare(workload: Workload, config: SDGPConfig) -> list[Row]:
+    """Count stock's backward and sdgp's, and how they differ."""
+    dtype, format_ = workload.torch_dtype, workload.torch_memory_format
+    network: Any = workload.build().to(dtype)
+    network = network.to(memory_format=format_)
+    shape = (workload.batch, 3, workload.size, workload.size)
+    images = torch.empty(shape, dtype=dtype, device="meta").contiguous(memory_format=format_)
     counted: dict[str, Backward] = {}
     saved: dict[str, int] = {}
-    options = {f"sdgp.{name}": value for name, value in pruning.items()}
-    compilers: dict[str, Callable[..., Any]] = {
-        "stock": torch.compile,
-        "sdgp": partial(torch.compile, backend=sdgp, options=options),
-    }
-    for name, compile_ in compilers.items():
+    for name, pruning in (("stock", None), ("sdgp", config)):
 
         def inspect(graph: GraphLowering, code: str, name: str = name) -> None:
             if graph.is_backward:
                 counted[name] = Backward.count(graph, code)
                 saved[name] = sum(_size(graph, value) for value in graph.graph_inputs)
 
-        generate(network, images, compile_, inspect)
+        generate(network, images, pruning, inspect)
     stock, ours = counted["stock"], counted["sdgp"]
     pruned = sum(ours.pruned)
     extra = ours.read + ours.written - stock.read - stock.written
     return [
         {
-            "model": model,
-            "batch": batch,
-            "size": size,
-            "dtype": dtype,
-            "memory_format": memory_format,
-            **pruning,
+            **workload.facts(),
+            **options_of(config),
+            "which_layers": config.layers,
             "layers": len(ours.pruned),
             "pruned_bytes": pruned,
             "largest_pruned_bytes": max(ours.pruned, default=0),
@@ -252,7 +224,7 @@ def compare(
 
 
 def headline(rows: Sequence[Row]) -> list[str]:
-    """For every model with prunes in launches of their own, what computes their gradients."""
+    """Name, for gradients that are pruned in launches of their own, what computes them."""
     lines = []
     for row in rows:
         if row["structure"] != "element":
@@ -295,7 +267,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         example="--model resnet18 --out traffic.json",
     )
     parser.add_models(MODELS)
-    parser.add_dtype(command.DTYPES, "bfloat16")
+    parser.add_dtype(DTYPES, "bfloat16")
     parser.add_memory_format()
     parser.add_pruning()
     parser.add_out()

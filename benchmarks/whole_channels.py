@@ -1,4 +1,4 @@
-"""`python -m benchmarks.whole_channels`: input gradients from whole channels, layer by layer."""
+"""`python -m benchmarks.whole_channels`: time input gradients from whole channels, by layer."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from sdgp_fx import SDGPConfig, explain, sdgp
-from sdgp_fx.cli.arguments import pattern
+from sdgp_fx.arguments import pattern
 from sdgp_fx.config import PRUNING_FUNCTIONS
 from sdgp_fx.measurement import timing
 from sdgp_fx.measurement.convolutions import Convolution, cold_operands
+from sdgp_fx.measurement.workload import DTYPES, Workload
 
-from . import command
-from .benchmark import Benchmark, Task
-from .layers import find_convolutions
-from .report import Row
+from .harness import command
+from .harness.benchmark import Benchmark, Task
+from .harness.report import Row
 
 PATTERNS = ((2, 4), (1, 4), (2, 16))
 DENSE = "dense"
@@ -34,7 +34,11 @@ class InputGradient(nn.Module):
         self.settings = tuple(settings)
 
     def forward(self, grad_output: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        """x: gives the gradient its shape."""
+        """Compute the gradient.
+
+        Args:
+            x: Gives the gradient its shape.
+        """
         gradient: Tensor = torch.ops.aten.convolution_backward(
             grad_output, x, weight, None, *self.settings, [True, False, False]
         )[0]
@@ -42,69 +46,63 @@ class InputGradient(nn.Module):
 
 
 def plan(
-    device: torch.device,
-    models: Sequence[str],
-    batch: int,
-    size: int,
-    dtype: str,
-    memory_format: str,
+    workloads: Sequence[Workload],
     patterns: Sequence[tuple[int, int]],
     prune: str,
     inner: str,
     cudnn_benchmark: bool,
     seconds: float,
 ) -> list[Task]:
-    """A task for each distinct convolution of each model that any of patterns prunes."""
+    """Plan a task for each distinct convolution of each network that any of patterns prunes."""
     for n, m in patterns:
         SDGPConfig(n=n, m=m)
     tasks = []
-    for model in models:
-        for convolution, count in find_convolutions(model, batch, size).items():
-            fitting = [(n, m) for n, m in patterns if n < m and is_pruned(convolution, m)]
+    for workload in workloads:
+        for convolution, count in workload.count_convolutions().items():
+            fitting = [(n, m) for n, m in patterns if n < m and convolution.is_prunable(m)]
             if fitting:
-                arguments = (device, model, convolution, count, dtype, memory_format, fitting)
-                run = partial(measure, *arguments, prune, inner, cudnn_benchmark, seconds)
-                tasks.append(Task(f"{model} {convolution}", run))
+                arguments = (workload, convolution, count, fitting, prune, inner)
+                run = partial(measure, *arguments, cudnn_benchmark, seconds)
+                tasks.append(Task(f"{workload.model} {convolution}", run))
     return tasks
 
 
-def is_pruned(convolution: Convolution, m: int) -> bool:
-    """Whether whole channels of the gradient of convolution's output can be pruned."""
-    return convolution.is_pruned(m) and convolution.output[1] > convolution.groups
-
-
 def measure(
-    device: torch.device,
-    model: str,
+    workload: Workload,
     convolution: Convolution,
     count: int,
-    dtype: str,
-    memory_format: str,
     patterns: Iterable[tuple[int, int]],
     prune: str,
     inner: str,
     cudnn_benchmark: bool,
     seconds: float,
 ) -> list[Row]:
-    """A row for each pattern, with the times of the input gradient by stock and by sdgp.
+    """Time the input gradient of a network's convolution, without a bias, by stock and by sdgp.
 
-    whole is that by sdgp, product the part of it that multiplies, compiled as well, as its call
-    takes time, too. The convolution has no bias.
+    whole is the time of sdgp, product that of the part of it that multiplies, compiled as well, as
+    its call takes time, too.
+
+    Args:
+        count: How often the network has it.
+
+    Returns:
+        A row for each pattern.
     """
     torch.backends.cudnn.benchmark = cudnn_benchmark
     torch._dynamo.reset()  # Every shape is compiled as if there were no other.
-    settings = (getattr(torch, dtype), command.MEMORY_FORMATS[memory_format], device)
+    settings = (workload.torch_dtype, workload.torch_memory_format, workload.device)
     operands = cold_operands(convolution, *settings)
     product = InputGradient(convolution.settings)
     dense = torch.compile(product, backend=inner, dynamic=False)
-    # What computes it, and of what.
+    # What computes the gradient, and sets of its operands.
     ways: dict[Any, tuple[Callable[..., Tensor], list[Any]]] = {DENSE: (dense, operands)}
     chosen = {}
     for n, m in patterns:
         options: dict[str, Any] = {"sdgp.n": n, "sdgp.m": m, "sdgp.prune": prune}
-        by_rule = explain(product, *operands[0], options={**options, "sdgp.structure": "channel"})
-        chosen[n, m] = by_rule.layers[0].pruned
-        options |= {"sdgp.structure": "channel_always", "sdgp.inner": inner}
+        options["sdgp.structure"] = "channel"
+        profitable = {**options, "sdgp.layers": "profitable"}
+        chosen[n, m] = explain(product, *operands[0], options=profitable).layers[0].pruned
+        options["sdgp.inner"] = inner
         # A backend of its own: what Dynamo has compiled with an equal one it would use again.
         whole = torch.compile(product, backend=partial(sdgp), options=options, dynamic=False)
         ways["whole", n, m] = whole, operands
@@ -114,10 +112,10 @@ def measure(
     # Dynamo compiles a function for no more than 8 shapes and backends, else.
     with torch._dynamo.config.patch(recompile_limit=len(ways)):
         functions = {
-            name: timing.back_to_back([partial(compute, *each) for each in sets], device)
+            name: timing.back_to_back([partial(compute, *each) for each in sets], workload.device)
             for name, (compute, sets) in ways.items()
         }
-        samples = timing.sample(functions, device, seconds)
+        samples = timing.sample(functions, workload.device, seconds)
     times = {
         name: timing.summarize([time / len(ways[name][1]) for time in column])
         for name, column in samples.items()
@@ -126,11 +124,9 @@ def measure(
     for n, m in chosen:
         columns = {"dense": DENSE, "whole": ("whole", n, m), "product": ("product", n, m)}
         row: Row = {
-            "model": model,
             "convolution": str(convolution),
             "count": count,
-            "dtype": dtype,
-            "memory_format": memory_format,
+            **workload.facts("batch", "size"),
             "n": n,
             "m": m,
             "prune": prune,
@@ -144,7 +140,7 @@ def measure(
 
 
 def fewer_outputs(convolution: Convolution, kept: float) -> Convolution:
-    """convolution with so many of its output channels."""
+    """Return the convolution with that share of its output channels."""
     output, weight = list(convolution.output), list(convolution.weight)
     dim = 1 if convolution.transposed else 0
     output[1], weight[dim] = round(output[1] * kept), round(weight[dim] * kept)
@@ -152,7 +148,7 @@ def fewer_outputs(convolution: Convolution, kept: float) -> Convolution:
 
 
 def headline(rows: Sequence[Row]) -> list[str]:
-    """For each model and pattern, the input gradients of all its layers that can be pruned."""
+    """Sum up, for each model and pattern, the input gradients of all layers that can be pruned."""
     lines = []
     for model, n, m in dict.fromkeys((row["model"], row["n"], row["m"]) for row in rows):
         here = [row for row in rows if (row["model"], row["n"], row["m"]) == (model, n, m)]
@@ -198,18 +194,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         "whole_channels",
         description="Time the input gradient of every distinct convolution of networks: dense by "
         "stock Inductor, from whole channels by sdgp, with the choice of channels, and the "
-        "smaller product alone, in turn; and tell whether structure=channel chooses the layer. "
+        "smaller product alone, in turn; and tell whether layers=profitable chooses the layer. "
         "The gradients are noise, and come from no kernel that could do a part of the choice.",
         example="--model resnet18 --out whole_channels.json",
     )
     parser.add_models(("resnet18",))
-    parser.add_dtype(command.DTYPES, "bfloat16")
+    parser.add_dtype(DTYPES, "bfloat16")
     parser.add_memory_format()
     kept = "channels kept of every m"
     parser.add_list("--pattern", "patterns", PATTERNS, kept, metavar="N:M", type=pattern)
-    function = "magnitude"
     parser.add_argument(
-        "--prune", choices=PRUNING_FUNCTIONS, default=function, help="(%(default)s)"
+        "--prune", choices=PRUNING_FUNCTIONS, default="magnitude", help="(%(default)s)"
     )
     parser.add_inner()
     parser.add_cudnn_benchmark()

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.paper NAME`: a table or figure of McDanel et al. 2022, measured again."""
+"""`python -m benchmarks.paper NAME`: measure a table or figure of McDanel et al. 2022 again."""
 
 from __future__ import annotations
 
@@ -12,21 +12,26 @@ from typing import NamedTuple
 
 from matplotlib.figure import Figure
 
-from sdgp_fx.cli.arguments import positive
+from sdgp_fx.arguments import check_file, positive
 from sdgp_fx.config import INNER_COMPILERS
+from sdgp_fx.measurement.workload import DTYPES
 
-from .. import command
-from ..report import Report, Row, caption
+from ..harness import command
+from ..harness.report import Report, Row, caption
 from . import cifar10, experiment, fast, maps, pictures, settings, signals, times
 from .experiment import Setting
 
-# Of a recipe, what can differ from what is published.
+# Fields of a recipe that can differ from what is published.
 _SHOWN = ("epochs", "batch", "lr", "width")
 RECIPES = {"paper": cifar10.Recipe, "fast": fast.FastRecipe}
 
 
 class Experiment(NamedTuple):
-    """Settings to compare, how, and how the figure is drawn from the rows."""
+    """A table or figure: settings, and how to compare and show them.
+
+    Attributes:
+        draw: Draws the figure from rows, settings and a title.
+    """
 
     help: str
     settings: Sequence[Setting]
@@ -119,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--minutes", type=positive(float), default=math.inf, help="no run is begun later")
     add("--fraction", type=share, default=1.0, help="of the training images (%(default)s)")
     add("--test-fraction", type=share, default=1.0, help="of the test images (%(default)s)")
-    parser.add_dtype(command.DTYPES, "float16", "of autocast")
+    parser.add_dtype(DTYPES, "float16", "of autocast")
     add("--compiler", choices=INNER_COMPILERS, default="inductor", help="(%(default)s)")
     add("--picture", type=Path, metavar="FILE", help="PNG file")
     parser.add_out()
@@ -131,8 +136,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             dataclasses.replace(setting, dtype=setting.dtype or args.dtype)
             for setting in select(chosen.settings, args.only)
         ]
-        for path in (args.out, args.picture):
-            command.check_out(path)
+        check_file("--out", args.out)
+        check_file("--picture", args.picture)
         device = command.find_device(args.device)
         data, test = cifar10.load(args.root, device)
         data = cifar10.fraction_of(data, args.fraction)
@@ -193,7 +198,7 @@ def describe(
     images: int,
     test_images: int,
 ) -> str:
-    """What was trained, and where that is not the published recipe."""
+    """Say where what was trained is not the published recipe."""
     paper = type(recipe)()
     dtypes = sorted({setting.dtype or recipe.dtype for setting in compared})
     facts = [
@@ -206,7 +211,7 @@ def describe(
 
 
 def share(text: str) -> float:
-    """A number above 0 and up to 1."""
+    """Parse a number above 0 and up to 1; a type for argparse."""
     value = float(text)
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"expected above 0 and up to 1, got {text}")

@@ -1,4 +1,4 @@
-"""The paper's CIFAR-10 recipe (McDanel et al. 2022, section V): data, schedule, training.
+"""Train by the paper's CIFAR-10 recipe (McDanel et al. 2022, section V).
 
 All images lie on the device as bytes. Batches are cut from them, augmented and normalised there,
 in the compiled step, from a few random numbers an image that are drawn ahead of it: the same for
@@ -47,11 +47,12 @@ class Images:
 
 @dataclasses.dataclass(frozen=True)
 class Draw:
-    """What is random in the augmentation of a batch, all of shape (N,).
+    """Random numbers of a batch's augmentation, all of shape (N,).
 
-    top, left: of the part of the image, with SHIFT pixels of black around it, that is taken.
-    mirrored: whether it is mirrored.
-    row, column: the centre of the square that is cut out.
+    Attributes:
+        top, left: Of the part of the image, with SHIFT pixels of black around it, that is taken.
+        mirrored: Whether it is mirrored.
+        row, column: The centre of the square that is cut out.
     """
 
     top: Tensor
@@ -63,12 +64,13 @@ class Draw:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What is the same in all runs of a comparison.
+    """What all runs of a comparison have in common; the defaults are the paper's.
 
-    epochs, batch, lr: the paper's are 150, 512 and 0.5; lr is the peak's.
-    width: of ResNet9.
-    dtype: of autocast; float32 is without. float16 has a gradient scaler.
-    compiler: "inductor" or "aot_eager", of the dense network and inside of sdgp.
+    Attributes:
+        lr: The peak's.
+        width: Of ResNet9.
+        dtype: Of autocast; float32 is without. float16 has a gradient scaler.
+        compiler: "inductor" or "aot_eager", of the dense network and inside of sdgp.
     """
 
     epochs: int = EPOCHS
@@ -81,7 +83,11 @@ class Recipe:
 
 @dataclasses.dataclass
 class Run:
-    """What a training run gave, by epoch. seconds: of training, with compilation in the first."""
+    """Results of a training run, by epoch.
+
+    Attributes:
+        seconds: Of training, with compilation in the first.
+    """
 
     losses: list[float] = dataclasses.field(default_factory=list)
     accuracies: list[float] = dataclasses.field(default_factory=list)
@@ -89,9 +95,10 @@ class Run:
 
 
 def load(root: Path, device: torch.device) -> tuple[Images, Images]:
-    """CIFAR-10's training and test images, as torchvision stores them under root.
+    """Load CIFAR-10's training and test images, as torchvision stores them under root.
 
-    Raises ValueError if they are not there.
+    Raises:
+        ValueError: They are not there.
     """
     try:
         parts = [CIFAR10(root, train=train, download=False) for train in (True, False)]
@@ -111,13 +118,13 @@ def load(root: Path, device: torch.device) -> tuple[Images, Images]:
 
 
 def fraction_of(data: Images, fraction: float) -> Images:
-    """The first images, that share of them; CIFAR-10's are in no order."""
+    """Return the first images, that share of them; CIFAR-10's are in no order."""
     count = math.ceil(len(data) * fraction)
     return Images(data.images[:count], data.labels[:count])
 
 
 def batches(data: Images, size: int, generator: torch.Generator) -> Iterator[tuple[Images, Draw]]:
-    """An epoch in a new order. What is left over is dropped, so that all batches are of a size."""
+    """Yield an epoch in a new order, without what is left over after the last whole batch."""
     device = data.labels.device
     order = torch.randperm(len(data), generator=generator)
     for chosen in order[: len(data) // size * size].view(-1, size):
@@ -131,7 +138,7 @@ def batches(data: Images, size: int, generator: torch.Generator) -> Iterator[tup
 
 
 def augment(images: Tensor, draw: Draw) -> Tensor:
-    """Images of a batch, shifted, mirrored and with a square of 0; floats (N, 3, H, W)."""
+    """Shift and mirror the images of a batch and cut a square out; floats (N, 3, H, W)."""
     count, _, height, width = images.shape
     rows = draw.top[:, None] + torch.arange(height, device=images.device)
     columns = torch.arange(width, device=images.device).expand(count, -1)
@@ -150,13 +157,13 @@ def _near(centre: Tensor, size: int) -> Tensor:
 
 
 def normalize(images: Tensor) -> Tensor:
-    """Bytes (N, 3, H, W) to floats with mean 0 and standard deviation 1, by channel."""
+    """Convert bytes (N, 3, H, W) to floats with mean 0 and standard deviation 1, by channel."""
     mean, std = (torch.tensor(v, device=images.device)[:, None, None] for v in (MEAN, STD))
     return (images.float() - mean) / std
 
 
 def learning_rate(epoch: float, recipe: Recipe) -> float:
-    """Linear up to the peak at epoch 5, and down to 0 at the end.
+    """Return the learning rate: up to the peak at epoch 5, and down to 0 at the end.
 
     With fewer than 150 epochs the peak comes after the same share of them.
     """
@@ -165,7 +172,7 @@ def learning_rate(epoch: float, recipe: Recipe) -> float:
 
 
 def up_and_down(done: float, peak: float, first: float) -> float:
-    """A line from first up to 1 and one down to 0; done and peak are shares of the training."""
+    """Go in a line from first up to 1 and down to 0; done and peak are shares of the training."""
     return first + (1 - first) * done / peak if done < peak else (1 - done) / (1 - peak)
 
 
@@ -181,12 +188,15 @@ def train(
 ) -> Run:
     """Train a network from seed and test it after each epoch.
 
-    compile: arguments for torch.compile.
-    dense_last: the share of the steps, the last ones, that the recipe's compiler alone compiles.
-    watch: called ahead of each epoch and at the end, with the number of epochs that are done and
-        the network.
-    make: makes the network, of the recipe's width.
-    Raises ValueError if there is no whole batch.
+    Args:
+        compile: Arguments for torch.compile.
+        watch: Called ahead of each epoch and at the end, with the number of epochs that are done
+            and the network.
+        make: Makes the network, of the recipe's width.
+        dense_last: Share of the steps, the last ones, that the recipe's compiler alone compiles.
+
+    Raises:
+        ValueError: There is no whole batch.
     """
     if len(data) < recipe.batch:
         raise ValueError(f"--batch: expected at most {len(data)}, the images, got {recipe.batch}")
@@ -221,9 +231,10 @@ def train(
 def compile_loss(
     network: nn.Module, recipe: Recipe, compile: Mapping[str, Any]
 ) -> Callable[[Tensor, Tensor, Draw], Tensor]:
-    """The loss of images of bytes, labels and their augmentation, compiled.
+    """Return the compiled loss of images of bytes, labels and their augmentation.
 
-    compile: arguments for torch.compile.
+    Args:
+        compile: Arguments for torch.compile.
     """
     device = next(network.parameters()).device
 
@@ -240,7 +251,7 @@ def compile_loss(
 def update(
     loss: Tensor, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, lr: float
 ) -> None:
-    """A step of the optimizer along the loss's gradient."""
+    """Take a step of the optimizer along the loss's gradient."""
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.zero_grad()
@@ -250,7 +261,7 @@ def update(
 
 
 def make_optimizer(network: nn.Module, weight_decay: float = WEIGHT_DECAY) -> torch.optim.Optimizer:
-    """SGD with momentum, and weight decay of all parameters but BatchNorm's."""
+    """Make an SGD optimizer with momentum, and weight decay of all but BatchNorm's parameters."""
     decayed: list[nn.Parameter] = []
     free: list[nn.Parameter] = []
     for module in network.modules():
@@ -265,7 +276,7 @@ def make_optimizer(network: nn.Module, weight_decay: float = WEIGHT_DECAY) -> to
 
 @torch.no_grad()
 def accuracy(network: nn.Module, test: Images, recipe: Recipe) -> float:
-    """The share of test images that are classified right, by the image and its mirror image."""
+    """Return the share of test images that are classified right, with mirror images' help."""
     network.eval()
     right = torch.zeros((), dtype=torch.int64, device=test.labels.device)
     parts = zip(test.images.split(recipe.batch), test.labels.split(recipe.batch), strict=True)
@@ -278,6 +289,6 @@ def accuracy(network: nn.Module, test: Images, recipe: Recipe) -> float:
 
 
 def autocast(device: torch.device, name: str) -> torch.autocast:
-    """In the dtype of this name; float32 is without."""
+    """Return autocast to the dtype of this name; with float32 there is none."""
     dtype = getattr(torch, name)
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)

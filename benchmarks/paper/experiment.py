@@ -1,4 +1,4 @@
-"""Training runs of several settings from several seeds: done once each, kept in one JSON file."""
+"""Train several settings from several seeds, once each, and keep the runs in one JSON file."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from time import monotonic
@@ -17,25 +17,26 @@ from torch import Tensor, nn
 
 from sdgp_fx import SDGPConfig, prune
 
-from ..report import Report, Row, environment
-from ..terminal import print_table, progress
+from ..harness.report import Report, Row, environment
+from ..harness.terminal import print_table, progress
 from .cifar10 import Images, Recipe, Run, train
 from .fast import FastRecipe, Trainer
 from .scaled import scaled
 
-# What settings differ in, of SDGPConfig.
-OPTIONS = ("n", "m", "prune", "rescale", "structure")
+# Options of SDGPConfig that settings differ in.
+OPTIONS = ("n", "m", "prune", "rescale", "structure", "layers")
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What is compared: a name, and how gradients are pruned; None for dense gradients.
+    """One of the settings that are compared.
 
-    config: read for what is in OPTIONS.
-    paper: the test accuracy that McDanel et al. report, in percent.
-    scale: what pruned gradients are multiplied by.
-    dtype: of autocast; None for the recipe's.
-    dense_last: the share of the steps, the last ones, whose gradients are dense after all.
+    Attributes:
+        config: How gradients are pruned, of which OPTIONS are read; None for dense gradients.
+        paper: The test accuracy that McDanel et al. report, in percent.
+        scale: Pruned gradients are multiplied by it.
+        dtype: Of autocast; None for the recipe's.
+        dense_last: The share of the steps, the last ones, whose gradients are dense after all.
     """
 
     name: str
@@ -46,7 +47,7 @@ class Setting:
     dense_last: float = 0.0
 
     def compile(self, compiler: str) -> dict[str, Any]:
-        """Arguments for torch.compile, with this compiler inside."""
+        """Return the arguments for torch.compile, with this compiler inside."""
         if self.config is None:
             return {"backend": compiler}
         config = dataclasses.replace(self.config, inner=compiler)
@@ -56,7 +57,7 @@ class Setting:
         return {"backend": "sdgp", "options": options}
 
     def prune(self, gradient: Tensor) -> Tensor:
-        """A gradient (N, C, *spatial), pruned in eager mode: elements, whatever the structure."""
+        """Prune elements of a gradient (N, C, *spatial) in eager mode, whatever the structure."""
         if self.config is None:
             return gradient
         config = self.config
@@ -64,7 +65,7 @@ class Setting:
         return self.scale * pruned
 
     def facts(self) -> dict[str, Any]:
-        """What makes a run be of this setting, whatever its name."""
+        """Return what identifies a run of this setting, whatever its name."""
         config = self.config
         options = None if config is None else {name: getattr(config, name) for name in OPTIONS}
         own = {name: getattr(self, name) for name in ("scale", "dtype", "dense_last")}
@@ -130,7 +131,7 @@ def make_trainer(
 def epochs_of(
     name: str, recipe: Recipe | FastRecipe, begin: Callable[[str], None]
 ) -> Callable[[int, nn.Module], None]:
-    """What calls begin with the name of a run, and the epoch's number, as each epoch begins."""
+    """Return a function that calls begin with a run's name, and the epoch, as each begins."""
     epochs = math.ceil(recipe.epochs)
 
     def watch(done: int, network: nn.Module) -> None:
@@ -141,14 +142,15 @@ def epochs_of(
 
 
 def facts_of(recipe: Recipe | FastRecipe, data: Images, test: Images) -> dict[str, Any]:
-    """What all rows of a file have in common."""
+    """Return what all rows of a file have in common."""
     return {**dataclasses.asdict(recipe), "images": len(data), "test_images": len(test)}
 
 
 def resume(name: str, facts: dict[str, Any], device: torch.device, path: Path | None) -> Report:
-    """The report of this name at path, to go on with, or a new one.
+    """Load the report of this name at path, to go on with, or make a new one.
 
-    Raises ValueError if there is another one.
+    Raises:
+        ValueError: There is another one.
     """
     report = Report(name, environment(device), facts, path)
     if path is None or not path.exists():
@@ -159,12 +161,29 @@ def resume(name: str, facts: dict[str, Any], device: torch.device, path: Path | 
             f"--out: expected a new file, or one of {name} with {facts}, got {path}, which has "
             f"{stored['benchmark']} with {stored['settings']}"
         )
-    report.rows += stored["rows"]
+    report.rows += [with_current_options(row) for row in stored["rows"]]
     return report
 
 
+def with_current_options(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what is stored of a setting, with options as they are called now.
+
+    Before there was `layers`, structure "channel_always" pruned all layers, and "channel" those
+    that are profitable; before there was `structure`, elements were pruned; and before there was
+    `dense_last`, all steps.
+    """
+    facts = {"dense_last": 0.0, **facts}
+    options = facts.get("options")
+    if options is None or "layers" in options:
+        return facts
+    structure = options.get("structure", "element")
+    layers = "profitable" if structure == "channel" else "all"
+    structure = structure.removesuffix("_always")
+    return {**facts, "options": {**options, "structure": structure, "layers": layers}}
+
+
 def make_row(setting: Setting, seed: int, result: Run) -> Row:
-    """A run as it is kept."""
+    """Make the row that is kept of a run."""
     return {
         "setting": setting.name,
         **setting.facts(),
@@ -175,18 +194,18 @@ def make_row(setting: Setting, seed: int, result: Run) -> Row:
 
 
 def runs_of(rows: Sequence[Row], setting: Setting) -> list[Row]:
-    """The setting's rows, by whatever name."""
+    """Return the setting's rows, by whatever name."""
     facts = setting.facts()
     return [row for row in rows if all(row[key] == value for key, value in facts.items())]
 
 
 def accuracies(rows: Sequence[Row], setting: Setting) -> dict[int, float]:
-    """The setting's test accuracy in percent, by seed."""
+    """Return the setting's test accuracy in percent, by seed."""
     return {row["seed"]: 100 * row["accuracy"] for row in runs_of(rows, setting)}
 
 
 def less_dense(rows: Sequence[Row], setting: Setting) -> list[float]:
-    """By how many percent the setting's accuracy differs from that of dense gradients.
+    """Return by how many percent the accuracy differs from that of dense gradients.
 
     Seed by seed, as both runs start from the same weights and see the same batches.
     """
@@ -222,21 +241,25 @@ def show(rows: Sequence[Row], settings: Sequence[Setting]) -> None:
 
 
 def against_paper(facts: Iterable[tuple[str, Any, Any]]) -> str:
-    """What was not done as in the paper, from names, what was done, and what the paper did."""
+    """Say what was not done as in the paper.
+
+    Args:
+        facts: Names, what was done, and what the paper did.
+    """
     other = [f"{name} {own} (paper: {papers})" for name, own, papers in facts if own != papers]
     return ", ".join(other) or "the paper's recipe"
 
 
 def mean(values: Sequence[float]) -> float:
-    """NaN of none."""
+    """Return the mean; NaN of none."""
     return statistics.fmean(values) if values else math.nan
 
 
 def deviation(values: Sequence[float]) -> float:
-    """The standard deviation; NaN of fewer than two."""
+    """Return the standard deviation; NaN of fewer than two."""
     return statistics.stdev(values) if len(values) > 1 else math.nan
 
 
 def percent(value: float, sign: str = "") -> str:
-    """With two decimals; NaN is not known."""
+    """Format with two decimals; NaN is not known."""
     return "-" if math.isnan(value) else f"{value:{sign}.2f}"

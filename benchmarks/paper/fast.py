@@ -1,4 +1,4 @@
-"""A recipe that takes CIFAR-10 to 94% in ten epochs, so that many runs of a setting can be had.
+"""Train CIFAR-10 to 94% in ten epochs, so that many runs of a setting can be had.
 
 Written from its published description: K. Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single
 GPU", 2024, arXiv 2404.00498. A network is compiled once for all runs of a setting: each run starts
@@ -21,7 +21,7 @@ from .cifar10 import Images, Run, autocast, normalize, up_and_down
 
 EPOCHS = 9.9
 BATCH = 1024
-# What a step moves a weight by is decoupled from the momentum, and weight decay from both.
+# How far a step moves a weight is decoupled from the momentum, and weight decay from both.
 LR = 11.5
 MOMENTUM = 0.85
 WEIGHT_DECAY = 0.0153
@@ -59,7 +59,7 @@ class FastRecipe:
 
 @dataclasses.dataclass
 class FastRun(Run):
-    """What a run gave.
+    """Results of a training run.
 
     Attributes:
         accuracies: After each epoch, or of the end alone; the mean of six views of an image.
@@ -121,17 +121,20 @@ class FastNet(nn.Module):
 
 
 def batch_norm(channels: int) -> nn.BatchNorm2d:
-    """BatchNorm that learns a bias and no scale."""
+    """Make a BatchNorm that learns a bias and no scale."""
     norm = nn.BatchNorm2d(channels, eps=1e-12, momentum=0.4)
     norm.weight.requires_grad_(False)
     return norm
 
 
 def whitening_filters(images: Tensor, size: int, eps: float = 5e-4) -> Tensor:
-    """Filters (6 size^2, 3, size, size) whose outputs on images are uncorrelated, and negated ones.
+    """Compute filters whose outputs on images are uncorrelated, and negated ones.
 
     They are the eigenvectors of the covariance of all patches, each over the square root of its
     eigenvalue.
+
+    Returns:
+        A weight (6 size^2, 3, size, size).
     """
     patches = F.unfold(images.float(), size).transpose(1, 2).flatten(0, 1)
     # On the CPU: the same filters on every device.
@@ -166,7 +169,8 @@ class Trainer:
         torch.compiler.reset()  # Or all settings would count against Dynamo's recompile_limit.
         self.recipe, self.data, self.test, self.dense_last = recipe, data, test, dense_last
         self.device = data.labels.device
-        self.network = FastNet(recipe.width).to(self.device, memory_format=torch.channels_last)
+        network = FastNet(recipe.width).to(self.device)
+        self.network = network.to(memory_format=torch.channels_last)
         self._pruned = self._compile_loss(compile)
         self._dense = self._compile_loss({"backend": recipe.compiler})
         self._logits = torch.compile(self._views, backend=recipe.compiler)
@@ -220,7 +224,7 @@ class Trainer:
         return run
 
     def _epochs(self, seed: int, total: int) -> Iterator[list[tuple[Tensor, ...]]]:
-        """What the loss is called with, step by step, an epoch at a time, total steps in all."""
+        """Yield the loss's arguments, an epoch of steps at a time, total steps in all."""
         images, labels = self.data.images, self.data.labels
         generator = torch.Generator().manual_seed(seed)
         count, size = len(labels), self.recipe.batch
@@ -259,7 +263,7 @@ class Trainer:
         return loss_of
 
     def _views(self, images: Tensor) -> Tensor:
-        """Logits, the weighted mean of six views: mirrored or not, shifted by a pixel or not."""
+        """Average the logits of six views: mirrored or not, shifted by a pixel or not."""
         inputs = normalize(images)
         padded = F.pad(inputs, (1,) * 4, "reflect")
         size = images.shape[-1]
@@ -276,7 +280,7 @@ class Trainer:
 
     @torch.no_grad()
     def _accuracy(self) -> float:
-        """The share of test images that are classified right."""
+        """Return the share of test images that are classified right."""
         self.network.eval()
         size = math.gcd(len(self.test), 2000)
         right = torch.zeros((), dtype=torch.int64, device=self.device)
@@ -347,19 +351,19 @@ def augment(images: Tensor, which: Tensor, top: Tensor, left: Tensor, mirror: Te
 
 
 def reflected(place: Tensor, size: int) -> Tensor:
-    """Places up to size - 1 beyond either end, reflected there."""
+    """Reflect places that are up to size - 1 beyond either end."""
     return size - 1 - (size - 1 - place.abs()).abs()
 
 
 def schedule(done: float) -> float:
-    """The share of the peak's learning rate, from 0.2 up to 1 and down to 0.07."""
+    """Return the share of the peak's learning rate, from 0.2 up to 1 and down to 0.07."""
     if done < PEAK:
         return up_and_down(done, PEAK, FIRST)
     return LAST + (1 - LAST) * up_and_down(done, PEAK, FIRST)
 
 
 def make_optimizer(network: FastNet, recipe: FastRecipe) -> torch.optim.Optimizer:
-    """SGD with Nesterov momentum; BatchNorm's biases learn 64 times as fast.
+    """Make an SGD optimizer with Nesterov momentum; BatchNorm's biases learn 64 times as fast.
 
     Returns:
         With three groups of parameters: the whitening bias, the weights, and BatchNorm's biases.

@@ -1,4 +1,4 @@
-"""The paper's ImageNet recipe (McDanel et al. 2022, section V), on folders of images.
+"""Train by the paper's ImageNet recipe (McDanel et al. 2022, section V), on folders of images.
 
     torchrun --nproc-per-node 8 -m benchmarks.paper.imagenet --root DIR --out FILE
 
@@ -31,15 +31,16 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from sdgp_fx import SDGPConfig
-from sdgp_fx.cli.arguments import positive
-from sdgp_fx.cli.networks import check_model
+from sdgp_fx.arguments import check_file, positive
 from sdgp_fx.config import INNER_COMPILERS
+from sdgp_fx.measurement.networks import check_model
+from sdgp_fx.measurement.workload import DTYPES
 
-from .. import command
-from ..report import Report, Row, caption, environment
-from ..terminal import print_table, progress
+from ..harness import command
+from ..harness.report import Report, Row, caption, environment
+from ..harness.terminal import print_table, progress
 from .cifar10 import LABEL_SMOOTHING, autocast, make_optimizer, up_and_down, update
-from .experiment import Setting, against_paper
+from .experiment import OPTIONS, Setting, against_paper, with_current_options
 
 MODELS = ("resnet18", "resnet50", "regnetx_004")
 MEAN = (0.485, 0.456, 0.406)
@@ -57,13 +58,14 @@ CROP = 224 / 256
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What is the same in all runs of a comparison.
+    """What all runs of a comparison have in common; the defaults are the paper's.
 
-    batch: of all processes together.
-    lr: the peak's.
-    first_size, last_size, test_size: pixels of the images.
-    dtype: of autocast; float32 is without. float16 has a gradient scaler.
-    compiler: "inductor" or "aot_eager", of the dense network and inside of sdgp.
+    Attributes:
+        batch: Images of all processes together.
+        lr: The peak's.
+        first_size, last_size, test_size: Pixels of the images.
+        dtype: Of autocast; float32 is without. float16 has a gradient scaler.
+        compiler: "inductor" or "aot_eager", of the dense network and inside of sdgp.
     """
 
     model: str = MODELS[0]
@@ -79,7 +81,7 @@ class Recipe:
 
 @dataclasses.dataclass(frozen=True)
 class Process:
-    """One of those that torchrun started, or the only one."""
+    """A process that torchrun started, or the only one."""
 
     rank: int
     count: int
@@ -112,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ):
         default = getattr(recipe, name.replace("-", "_"))
         add(f"--{name}", type=positive(kind), default=default, help=f"{described} (%(default)s)")
-    parser.add_dtype(command.DTYPES, recipe.dtype, "of autocast")
+    parser.add_dtype(DTYPES, recipe.dtype, "of autocast")
     add("--compiler", choices=INNER_COMPILERS, default=recipe.compiler, help="(%(default)s)")
     add("--seed", type=int, default=0, help="(%(default)s)")
     add("--workers", type=int, default=8, help="that read images, a process (%(default)s)")
@@ -122,8 +124,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         **{field.name: getattr(args, field.name) for field in dataclasses.fields(Recipe)}
     )
     try:
-        command.check_out(args.out)
-        setting = setting_of(args)
+        check_file("--out", args.out)
+        options = {name: getattr(args, name) for name in OPTIONS}
+        setting = make_setting(None if args.dense else SDGPConfig(**options), args.dtype)
         process = join(command.find_device(args.device))
         report = train(recipe, setting, args.seed, args.root, args.workers, process, args.out)
     except ValueError as error:
@@ -138,12 +141,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def setting_of(args: Any) -> Setting:
-    """What the command line asks for. Raises ValueError for n and m that are no pattern."""
-    if args.dense:
-        return Setting("dense", dtype=args.dtype)
-    config = SDGPConfig(n=args.n, m=args.m, prune=args.prune, rescale=args.rescale)
-    return Setting(f"{args.n}:{args.m} {args.prune}", config, dtype=args.dtype)
+def make_setting(config: SDGPConfig | None, dtype: str) -> Setting:
+    """Name a setting; without a config it is dense."""
+    name = f"{config.n}:{config.m} {config.prune}" if config else "dense"
+    return Setting(name, config, dtype=dtype)
 
 
 def join(device: torch.device) -> Process:
@@ -168,8 +169,13 @@ def train(
 ) -> Report:
     """Train what the checkpoint beside path has not seen yet, and test after each epoch.
 
-    Returns a row for each epoch. The first process alone writes.
-    Raises ValueError for what can't be trained, and if the checkpoint is of another run.
+    The first process alone writes.
+
+    Returns:
+        A report with a row for each epoch.
+
+    Raises:
+        ValueError: Something can't be trained, or the checkpoint is of another run.
     """
     data, test = (folder(root, part) for part in ("train", "val"))
     check(recipe, data, test, process)
@@ -238,7 +244,11 @@ def train_epoch(
 
 
 def folder(root: Path, part: str) -> ImageFolder:
-    """The images under root / part. Raises ValueError if there are none."""
+    """Find the images under root / part.
+
+    Raises:
+        ValueError: There are none.
+    """
     try:
         return ImageFolder(root / part)
     except FileNotFoundError as error:
@@ -249,7 +259,11 @@ def folder(root: Path, part: str) -> ImageFolder:
 
 
 def check(recipe: Recipe, data: ImageFolder, test: ImageFolder, process: Process) -> None:
-    """Raise ValueError for what can't be trained."""
+    """Check that data and recipe can be trained with so many processes.
+
+    Raises:
+        ValueError: They cannot.
+    """
     if data.classes != test.classes:
         raise ValueError(
             f"--root: expected the same classes in train and val, got {len(data.classes)} and "
@@ -264,12 +278,12 @@ def check(recipe: Recipe, data: ImageFolder, test: ImageFolder, process: Process
 
 
 def learning_rate(epoch: float, recipe: Recipe) -> float:
-    """Linear up to the peak at epoch 2, and down to 0 at the end; in shares of 88 epochs."""
+    """Return the learning rate: up to a peak at epoch 2, down to 0, in shares of 88 epochs."""
     return recipe.lr * up_and_down(epoch / recipe.epochs, PEAK_EPOCH / EPOCHS, FIRST_SHARE)
 
 
 def resolution(epoch: int, recipe: Recipe) -> int:
-    """Pixels of training images; they grow from epoch 65 to 76, in shares of 88 epochs."""
+    """Return the size of training images; it grows from epoch 65 to 76, in shares of 88 epochs."""
     first, last = (e * recipe.epochs / EPOCHS for e in (FIRST_GROWTH, LAST_GROWTH))
     share = min(max((epoch - first) / (last - first), 0), 1)
     if share in (0, 1):
@@ -280,12 +294,12 @@ def resolution(epoch: int, recipe: Recipe) -> int:
 
 
 def number(seed: int, epoch: int, rank: int) -> int:
-    """What a process seeds the random numbers of an epoch with."""
+    """Return the seed of a process's random numbers in an epoch."""
     return random.Random(f"{seed} {epoch} {rank}").getrandbits(63)
 
 
 def training_transform(size: int) -> transforms.Compose:
-    """A part of the image, resized and mirrored at random, as bytes."""
+    """Make a transform that cuts, resizes and mirrors an image at random, and returns bytes."""
     return transforms.Compose(
         [
             transforms.RandomResizedCrop(size),
@@ -298,7 +312,7 @@ def training_transform(size: int) -> transforms.Compose:
 def training_batches(
     data: ImageFolder, epoch: int, seed: int, recipe: Recipe, workers: int, process: Process
 ) -> DataLoader[Any]:
-    """The process's part of an epoch, in whole batches."""
+    """Make a loader of the process's part of an epoch, in whole batches."""
     sampler: DistributedSampler[Any] = DistributedSampler(
         data, process.count, process.rank, seed=seed, drop_last=True
     )
@@ -314,7 +328,7 @@ def training_batches(
 
 
 def prepare(images: Tensor, device: torch.device) -> Tensor:
-    """Bytes (N, 3, H, W) to what a network takes."""
+    """Convert bytes (N, 3, H, W) to normalized floats on device."""
     mean, std = (torch.tensor(v, device=device)[:, None, None] for v in (MEAN, STD))
     images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
     return (images.float() / 255 - mean) / std
@@ -324,7 +338,7 @@ def prepare(images: Tensor, device: torch.device) -> Tensor:
 def accuracy(
     network: nn.Module, test: ImageFolder, recipe: Recipe, workers: int, process: Process
 ) -> float:
-    """The share of test images that are classified right, by the image and its mirror image.
+    """Return the share of test images that are classified right, with mirror images' help.
 
     All processes test the network of the first; their running statistics differ.
     """
@@ -351,14 +365,14 @@ def accuracy(
 
 
 def sum_over(process: Process, value: Tensor) -> float:
-    """The sum of all processes' values."""
+    """Add up all processes' values."""
     if dist.is_initialized():
         dist.all_reduce(value)
     return value.item()
 
 
 def keep(path: Path, facts: dict[str, Any], rows: Sequence[Row], parts: dict[str, Any]) -> None:
-    """Write the checkpoint beside path; it is never there in part."""
+    """Write the checkpoint beside path, in one piece."""
     states = {name: part.state_dict() for name, part in parts.items()}
     unfinished = path.with_suffix(".pt.part")
     torch.save({"facts": facts, "rows": list(rows), "states": states}, unfinished)
@@ -370,13 +384,15 @@ def take_up(
 ) -> list[Row]:
     """Load the checkpoint beside path, if there is one; return its rows.
 
-    Raises ValueError if it is of another run.
+    Raises:
+        ValueError: It is of another run.
     """
     if path is None or not path.with_suffix(".pt").exists():
         return []
     stored = torch.load(path.with_suffix(".pt"), map_location=device, weights_only=True)
-    if stored["facts"] != facts:
-        other = {key: value for key, value in stored["facts"].items() if facts.get(key) != value}
+    stored_facts = with_current_options(stored["facts"])
+    if stored_facts != facts:
+        other = {key: value for key, value in stored_facts.items() if facts.get(key) != value}
         raise ValueError(
             f"--out: expected a new file, or the same run as in {path.with_suffix('.pt')}, which "
             f"has {other}"

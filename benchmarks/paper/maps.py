@@ -1,4 +1,4 @@
-"""Figures 4 and 5: what the pruning functions make of a real gradient, channel by channel."""
+"""Draw figures 4 and 5: what pruning functions make of a real gradient, channel by channel."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from torch import nn
 from torchvision.models import resnet18
 
-from ..report import Report, Row
-from ..terminal import print_table, progress
+from ..harness.report import Report, Row
+from ..harness.terminal import print_table, progress
 from .cifar10 import Images, Recipe, normalize, train
 from .experiment import Setting, epochs_of, facts_of, resume, runs_of
 from .pictures import entitle
@@ -33,9 +33,12 @@ def run(
 ) -> Report:
     """Train a ResNet-18 with dense gradients, and prune the gradient of its second convolution.
 
-    A row for each setting that is not in the file at path yet: the first CHANNELS channels, in
-    float32, of the sample with the largest gradient in a batch, from the first seed alone.
-    Raises ValueError if the file holds those of another recipe or other data.
+    There is a row for each setting that is not in the file at path yet: the first CHANNELS
+    channels, in float32, of the sample with the largest gradient in a batch, from the first seed
+    alone.
+
+    Raises:
+        ValueError: The file holds those of another recipe or other data.
     """
     report = resume("paper fig4", facts_of(recipe, data, test), data.labels.device, path)
     missing = [setting for setting in settings if not runs_of(report.rows, setting)]
@@ -56,7 +59,7 @@ def run(
 
 
 def small_resnet18() -> nn.Module:
-    """A ResNet-18 as it is usual for images of 32 pixels: no stride and no pooling in its stem."""
+    """Build a ResNet-18 for images of 32 pixels: no stride and no pooling in its stem."""
     network = resnet18(num_classes=10)
     network.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
     network.maxpool = nn.Identity()
@@ -66,7 +69,7 @@ def small_resnet18() -> nn.Module:
 def maps(
     network: nn.Module, images: torch.Tensor, labels: torch.Tensor, settings: Sequence[Setting]
 ) -> list[Row]:
-    """The gradient of the network's second convolution, a row for each setting."""
+    """Prune the gradient of the network's second convolution; return a row for each setting."""
     network = copy.deepcopy(network).train()
     second = convolutions(network)[1]
     gradient = backward(network, images, labels)[second].gradient
@@ -95,7 +98,7 @@ def show(rows: Sequence[Row], settings: Sequence[Setting]) -> None:
 
 
 def draw(rows: Sequence[Row], settings: Sequence[Setting], title: str) -> Figure:
-    """A line of maps for each setting, exact zeros in red; a channel's colours are the same."""
+    """Draw a line of maps for each setting, exact zeros in red, and one scale for a channel."""
     figure = Figure(figsize=(9, 2.1 * len(settings) + 1), dpi=110, layout="constrained")
     entitle(figure, title)
     grid: Any = figure.subplots(len(settings), CHANNELS, squeeze=False)
@@ -116,5 +119,5 @@ def draw(rows: Sequence[Row], settings: Sequence[Setting], title: str) -> Figure
 
 
 def quantile(values: torch.Tensor) -> float:
-    """The size that 98% of values are within."""
+    """Return the size that 98% of values are within."""
     return values.abs().flatten().quantile(0.98).item()

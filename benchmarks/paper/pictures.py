@@ -1,4 +1,4 @@
-"""The paper's figures from the rows of an experiment."""
+"""Draw the paper's figures from the rows of an experiment."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ..report import Row
+from ..harness.report import Row
 from .experiment import Setting, accuracies, mean, runs_of
 
 
 def draw_accuracies(rows: Sequence[Row], settings: Sequence[Setting], title: str) -> Figure:
-    """A line for each setting: its mean accuracy, and a point for every seed."""
+    """Draw a line for each setting: its mean accuracy, and a point for every seed."""
     figure, (axes,) = _figure(1, title)
     for place, setting in enumerate(settings):
         own = list(accuracies(rows, setting).values())
@@ -33,7 +33,7 @@ def draw_accuracies(rows: Sequence[Row], settings: Sequence[Setting], title: str
 
 
 def draw_curves(rows: Sequence[Row], settings: Sequence[Setting], title: str) -> Figure:
-    """Figures 6 and 7: training loss and test accuracy by epoch, the mean of all seeds."""
+    """Draw figures 6 and 7: training loss and test accuracy by epoch, the mean of all seeds."""
     figure, (left, right) = _figure(2, title)
     for setting in settings:
         own = runs_of(rows, setting)
@@ -54,7 +54,7 @@ def draw_curves(rows: Sequence[Row], settings: Sequence[Setting], title: str) ->
 
 
 def draw_pattern(rows: Sequence[Row], settings: Sequence[Setting], title: str) -> Figure:
-    """Figure 8: accuracy over m, a line for each m / n."""
+    """Draw figure 8: accuracy over m, a line for each m / n."""
     figure, (axes,) = _figure(1, title)
     lines: dict[int, list[tuple[int, float, float | None]]] = {}
     for setting in settings:
@@ -78,7 +78,7 @@ def draw_pattern(rows: Sequence[Row], settings: Sequence[Setting], title: str) -
 
 
 def draw_race(rows: Sequence[Row], settings: Sequence[Setting], title: str) -> Figure:
-    """Test accuracy over the time of training, the means of all seeds.
+    """Draw test accuracy over the time of training, the means of all seeds.
 
     An epoch's time is the median of all but each run's first, in which it is compiled.
     """
@@ -99,7 +99,7 @@ def draw_race(rows: Sequence[Row], settings: Sequence[Setting], title: str) -> F
 
 
 def save(figure: Figure, path: Path) -> None:
-    """As a PNG."""
+    """Save a figure as a PNG file."""
     figure.savefig(path, format="png")
 
 
@@ -110,7 +110,7 @@ def entitle(figure: Figure, title: str) -> None:
 
 
 def _by_epoch(rows: Sequence[Row], key: str) -> list[float]:
-    """What rows have under key for each epoch: the mean of all."""
+    """Return what rows have under key for each epoch: the mean of all."""
     return [mean(values) for values in zip(*(row[key] for row in rows), strict=True)]
 
 

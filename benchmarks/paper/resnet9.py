@@ -1,4 +1,4 @@
-"""The network that the paper trains on CIFAR-10 (McDanel et al. 2022, section V)."""
+"""Network that the paper trains on CIFAR-10 (McDanel et al. 2022, section V)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 class Residual(nn.Module):
-    """The input plus what two convolutions make of it."""
+    """Two convolutions, and their input added to the result."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -21,8 +21,8 @@ class Residual(nn.Module):
 class ResNet9(nn.Module):
     """Eight convolutions and a linear layer.
 
-    width: the channels of the first layer; 128 in the paper. All other layers have 2 or 4 times
-        as many.
+    Args:
+        width: Channels of the first layer; all other layers have 2 or 4 times as many.
     """
 
     def __init__(self, width: int = 128, classes: int = 10) -> None:
@@ -48,7 +48,7 @@ class ResNet9(nn.Module):
 def convolution(
     inputs: int, outputs: int, kernel: int = 3, stride: int = 1, padding: int | None = None
 ) -> nn.Sequential:
-    """A convolution without bias, BatchNorm and ReLU; padded to keep the size, if not told."""
+    """Make a convolution without bias, BatchNorm and ReLU, padded to keep the size by default."""
     padding = kernel // 2 if padding is None else padding
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, kernel, stride, padding, bias=False),

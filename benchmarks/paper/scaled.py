@@ -1,4 +1,4 @@
-"""Pruned gradients times a number, which sdgp has no option for: random pruning made unbiased.
+"""Multiply pruned gradients by a number, which sdgp has no option for: unbiased random pruning.
 
 "random" keeps n of m values as they are, so that its mean is n / m of the gradient. Times m / n
 it is unbiased, as dropout is.
@@ -15,20 +15,21 @@ from torch import fx
 from sdgp_fx import SDGPConfig
 from sdgp_fx.backend import aot_eager
 from sdgp_fx.graph_pass import PruneInputGrads
-from sdgp_fx.inductor import lowering  # noqa: F401  (Importing it registers it.)
+from sdgp_fx.inductor import DENSE_HALF_FIRST
+from sdgp_fx.inductor import lowering as lowering  # Importing it registers it.
 from sdgp_fx.kernels.op import PRUNE_NM
 
 
 class ScaledPruning(PruneInputGrads):
-    """The pass of sdgp, and what it prunes times scale."""
+    """Run the pass of sdgp, and multiply what it prunes by scale."""
 
     def __init__(self, config: SDGPConfig, scale: float) -> None:
-        super().__init__(config)
+        super().__init__(config, dense_half_first=DENSE_HALF_FIRST)
         self.scale = scale
 
     def __call__(self, graph: fx.Graph) -> None:
         if graph.find_nodes(op="call_function", target=PRUNE_NM):
-            return  # Some torch builds run a pass twice.
+            return  # A graph may get here twice.
         super().__call__(graph)
         for node in graph.find_nodes(op="call_function", target=PRUNE_NM):
             with graph.inserting_after(node):
@@ -41,7 +42,7 @@ class ScaledPruning(PruneInputGrads):
 
 
 def scaled(config: SDGPConfig, scale: float) -> dict[str, Any]:
-    """What torch.compile takes to prune as config says and multiply by scale."""
+    """Return the arguments for torch.compile to prune as config says and multiply by scale."""
     rewrite = ScaledPruning(config, scale)
     if config.inner == "aot_eager":
         return {"backend": aot_eager(rewrite)}

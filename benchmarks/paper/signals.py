@@ -1,4 +1,4 @@
-"""What pruning does to the signal: gradients of a network, pruned and as they are, compared.
+"""Compare pruned gradients of a network with the dense ones: what pruning does to the signal.
 
 The network is trained with dense gradients, so that all functions are held against the same ones.
 """
@@ -17,19 +17,19 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_input
 
-from ..report import Report, Row
-from ..terminal import print_table, progress
+from ..harness.report import Report, Row
+from ..harness.terminal import print_table, progress
 from .cifar10 import LABEL_SMOOTHING, Images, Recipe, normalize, train
 from .experiment import Setting, epochs_of, facts_of, mean, resume, runs_of
 from .pictures import entitle
 
-# What a layer's pruned gradient p is compared by with its gradient g.
+# How a layer's pruned gradient p is compared with its gradient g.
 MEASURES = {
     "error": "relative error |p - g| / |g|",
     "cosine": "cosine <p, g> / |p| |g|",
     "bias": "bias <p, g> / <g, g>",
 }
-# And what is compared so.
+# Gradients that are compared so.
 SIGNALS = {
     "pruned": "the layer's gradient, pruned",
     "input": "the input gradient that it leads to",
@@ -48,8 +48,10 @@ def run(
 ) -> Report:
     """Train, dense, from each seed that is not in the file at path yet, and measure on the way.
 
-    A row for each seed, number of epochs that are done, setting and layer, in float32.
-    Raises ValueError if the file holds those of another recipe or other data.
+    There is a row for each seed, number of epochs that are done, setting and layer, in float32.
+
+    Raises:
+        ValueError: The file holds those of another recipe or other data.
     """
     report = resume("paper signal", facts_of(recipe, data, test), data.labels.device, path)
     done = {row["seed"] for row in report.rows}
@@ -69,9 +71,13 @@ def train_and_measure(
     test: Images,
     begin: Callable[[str], None],
 ) -> list[Row]:
-    """The rows of a training run, measured at its begin, its end, and PARTS - 1 times between.
+    """Train, and measure at the begin, at the end, and PARTS - 1 times between.
 
-    begin: called with the name of each epoch as it begins.
+    Args:
+        begin: Called with the name of each epoch as it begins.
+
+    Returns:
+        The run's rows.
     """
     rows: list[Row] = []
     moments = {round(recipe.epochs * part / PARTS) for part in range(PARTS + 1)}
@@ -91,9 +97,13 @@ def train_and_measure(
 def measure(
     network: nn.Module, images: Tensor, labels: Tensor, settings: Sequence[Setting]
 ) -> list[Row]:
-    """A row for each setting and convolution but the first, which is not pruned.
+    """Compare the gradients of every convolution but the first, which is not pruned.
 
-    images: (N, C, H, W), of floats.
+    Args:
+        images: Floats (N, C, H, W).
+
+    Returns:
+        A row for each setting and convolution.
     """
     network = copy.deepcopy(network).train()
     first, *layers = convolutions(network)
@@ -118,12 +128,17 @@ def measure(
 
 
 def convolutions(network: nn.Module) -> list[nn.Conv2d]:
-    """In the order of named_modules()."""
+    """List the convolutions in the order of named_modules()."""
     return [module for module in network.modules() if isinstance(module, nn.Conv2d)]
 
 
 class Backward(NamedTuple):
-    """What a convolution met: its output's gradient, and the shape of its input."""
+    """What a convolution meets in a backward pass.
+
+    Attributes:
+        gradient: Of its output.
+        size: Of its input.
+    """
 
     gradient: Tensor
     size: torch.Size
@@ -136,10 +151,12 @@ def backward(
     keep: nn.Module | None = None,
     prune: Callable[[Tensor], Tensor] = lambda gradient: gradient,
 ) -> dict[nn.Conv2d, Backward]:
-    """What each convolution meets in a backward pass in eager mode, with the recipe's loss.
+    """Run a backward pass in eager mode, with the recipe's loss, and watch the convolutions.
 
-    prune: what a gradient becomes after it has arrived at a convolution, all but keep. The
-        gradients of weights are then pruned, too; no use is made of them.
+    Args:
+        keep: A convolution whose gradient is passed on as it is.
+        prune: Applied to a gradient after it has arrived at any other convolution. The gradients
+            of weights are then pruned, too; no use is made of them.
     """
     met: dict[nn.Conv2d, Backward] = {}
 
@@ -158,14 +175,14 @@ def backward(
 
 
 def input_gradient(layer: nn.Conv2d, size: torch.Size, gradient: Tensor) -> Tensor:
-    """The gradient of the layer's input, of this size, that its output's gradient leads to."""
+    """Compute the gradient of the layer's input, of this size, from its output's gradient."""
     return conv2d_input(
         size, layer.weight, gradient, layer.stride, layer.padding, layer.dilation, layer.groups
     )
 
 
 def compare(pruned: Tensor, dense: Tensor) -> dict[str, float]:
-    """MEASURES of two gradients; NaN where there is none to compare with."""
+    """Compute MEASURES of two gradients; NaN where there is none to compare with."""
     p, g = pruned.double().flatten(), dense.double().flatten()
     product, size = p @ g, g.norm()
     return {
@@ -176,7 +193,7 @@ def compare(pruned: Tensor, dense: Tensor) -> dict[str, float]:
 
 
 def averages(rows: Sequence[Row]) -> dict[tuple[str, str], float]:
-    """The mean over rows of each measure of each signal."""
+    """Return the mean over rows of each measure of each signal."""
     return {
         (signal, measure): mean([row[signal][measure] for row in rows])
         for signal in SIGNALS
@@ -204,7 +221,7 @@ def show(rows: Sequence[Row], settings: Sequence[Setting]) -> None:
 
 
 def draw(rows: Sequence[Row], settings: Sequence[Setting], title: str) -> Figure:
-    """Each measure over the layers at the end of training; in the last row over training."""
+    """Draw each measure over the layers at the end of training, and in the last row over time."""
     figure = Figure(figsize=(15, 14), dpi=110, layout="constrained")
     entitle(figure, title)
     grid: Any = figure.subplots(len(SIGNALS) + 1, len(MEASURES), squeeze=False)

@@ -1,4 +1,4 @@
-"""Figures 9 and 10 of the paper: where the time of a training step goes, and what pruning saves."""
+"""Measure figures 9 and 10 of the paper: where a step's time goes, and what pruning may save."""
 
 from __future__ import annotations
 
@@ -6,28 +6,27 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from matplotlib.figure import Figure
 
-from sdgp_fx.cli.arguments import positive
-from sdgp_fx.cli.profile import (
+from sdgp_fx.arguments import check_file, positive
+from sdgp_fx.config import INNER_COMPILERS
+from sdgp_fx.measurement.convolutions import PRODUCTS
+from sdgp_fx.measurement.networks import check_model
+from sdgp_fx.measurement.pictures import draw_estimates, draw_layers
+from sdgp_fx.measurement.profile import (
     STOCK,
     Row,
-    Workload,
     describe,
-    draw_estimates,
-    draw_layers,
     measure_layers,
     measure_steps,
     spread,
     totals_ms,
 )
-from sdgp_fx.config import INNER_COMPILERS
-from sdgp_fx.measurement.convolutions import PRODUCTS
+from sdgp_fx.measurement.workload import DTYPES, Workload
 
-from .. import command
-from ..report import Report, caption
-from ..terminal import print_table
+from ..harness import command
+from ..harness.report import Report, caption
+from ..harness.terminal import print_table
 from . import pictures
 from .experiment import resume
 
@@ -59,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--model", default="resnet18", metavar="NAME", help="timm network (%(default)s)")
     add("--batch", type=positive(int), default=256, metavar="IMAGES", help="(%(default)s)")
     add("--size", type=positive(int), default=224, metavar="PIXELS", help="(%(default)s)")
-    parser.add_dtype(command.DTYPES, "bfloat16", "of the operands, and of autocast in the step")
+    parser.add_dtype(DTYPES, "bfloat16", "of the operands, and of autocast in the step")
     parser.add_memory_format()
     add("--compiler", choices=INNER_COMPILERS, default="inductor", help="(%(default)s)")
     parser.add_seconds(0.5)
@@ -67,19 +66,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_out()
     args = parser.parse_args(argv)
     try:
-        for path in (args.out, args.picture):
-            command.check_out(path)
+        check_file("--out", args.out)
+        check_file("--picture", args.picture)
+        check_model(args.model, "--model")
         device = command.find_device(args.device)
-        dtype = getattr(torch, args.dtype)
-        settings = (args.model, args.batch, args.size, dtype, args.memory_format, args.compiler)
+        settings = (args.model, args.batch, args.size, args.dtype, args.memory_format)
         workload = Workload(*settings, device)
-        report = measure(workload, args.name, args.seconds, args.out)
+        report = measure(workload, args.compiler, args.name, args.seconds, args.out)
     except ValueError as error:
         parser.error(str(error))
     except KeyboardInterrupt:
         return 130
     layers, steps = parts(report)
-    result = describe(workload, layers, steps, PATTERNS)
+    result = describe(workload, args.compiler, layers, steps, PATTERNS)
     show(result)
     print(caption(args.name, report.environment))
     if args.picture is not None:
@@ -87,15 +86,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def measure(workload: Workload, name: str, seconds: float, path: Path | None) -> Report:
-    """What the figure needs and the file at path does not have.
+def measure(workload: Workload, inner: str, name: str, seconds: float, path: Path | None) -> Report:
+    """Measure what the figure needs and the file at path does not have.
 
-    Raises ValueError if the file holds other measurements.
+    Args:
+        inner: "inductor" or "aot_eager", for the steps.
+        name: A key of FIGURES.
+        seconds: About how long to time each layer; the steps take 20 times as long.
+
+    Raises:
+        ValueError: The file holds other measurements.
     """
-    facts = {
-        key: str(value) if key in ("dtype", "device") else value
-        for key, value in vars(workload).items()
-    }
+    facts = {**workload.facts(), "dtype": f"torch.{workload.dtype}", "inner": inner}
+    facts["device"] = str(workload.device)
     report = resume("times", facts, workload.device, path)
     have_layers, have_steps = (bool(part) for part in parts(report))
 
@@ -105,13 +108,13 @@ def measure(workload: Workload, name: str, seconds: float, path: Path | None) ->
     if not have_layers:
         report.add(measure_layers(workload, seconds, begin))
     if name == "fig10" and not have_steps:
-        steps = measure_steps(workload, MEASURED, 20 * seconds, begin)
+        steps = measure_steps(workload, inner, MEASURED, 20 * seconds, begin)
         report.add([{"step": step, **row} for step, row in steps.items()])
     return report
 
 
 def parts(report: Report) -> tuple[list[Row], dict[str, Row]]:
-    """The rows of layers, and those of steps by name."""
+    """Return the rows of layers, and those of steps by name."""
     layers = [row for row in report.rows if "layer" in row]
     return layers, {row["step"]: row for row in report.rows if "step" in row}
 
@@ -144,6 +147,7 @@ def show(result: Row) -> None:
 
 
 def draw(name: str, result: Row) -> Figure:
+    """Draw a figure of FIGURES."""
     figure = Figure(figsize=(10, 5.5), dpi=150, layout="constrained")
     figure.suptitle(f"{name}: {result['title']}", x=0.01, ha="left", fontsize=10)
     axes = figure.subplots()

@@ -14,8 +14,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
 from benchmarks import roofline
-from benchmarks.layers import Convolution, find_convolutions
 from sdgp_fx import prune
+from sdgp_fx.measurement.convolutions import Convolution
+from sdgp_fx.measurement.workload import Workload
 
 INK, DENSE, PRUNED, PAPER = "#2b2b2b", "#4c6a92", "#e07a2f", "#eef1f5"
 
@@ -107,8 +108,8 @@ def fusion() -> Figure:
 def layers() -> Figure:
     """The counted time of resnet50's input gradients on an H200, dense and pruned."""
     rates = roofline.attained(0.8, 0.9)["H200"]
-    found = find_convolutions("resnet50", batch=256, size=224)
-    costs = {c: roofline.costs(c, rates, speedup=2) for c in found if roofline.is_prunable(c)}
+    found = Workload("resnet50", batch=256, size=224).count_convolutions()
+    costs = {c: roofline.costs(c, rates, speedup=2) for c in found if c.is_prunable(roofline.M)}
     bars = {
         "dense": (DENSE, [cost.input_gradient for cost in costs.values()]),
         "2 x, fused prune": (PRUNED, [cost.pruned["fused"] for cost in costs.values()]),

@@ -1,8 +1,7 @@
-"""`python -m sdgp_fx doctor`: whether what the backend needs is there, and what it will use."""
+"""`python -m sdgp_fx doctor`: check what the backend needs, and say what it will use."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import importlib
 import importlib.metadata
@@ -15,6 +14,7 @@ from time import perf_counter
 from typing import Any
 
 from ..config import SDGPConfig
+from ..errors import first_line
 
 # As in pyproject.toml, which an installation need not have at hand.
 OLDEST_TORCH, NEWEST_TORCH = (2, 11), (2, 15)
@@ -24,9 +24,11 @@ OPTIONAL = {"timm": "explain, profile and demo", "matplotlib": "pictures", "rich
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """What was looked for, and what was found.
+    """The result of looking for one thing.
 
-    remedy: what to do about it, if it has to be there and is not.
+    Attributes:
+        found: What was found.
+        remedy: What to do about it, if it has to be there and is not.
     """
 
     name: str
@@ -34,8 +36,8 @@ class Finding:
     remedy: str = ""
 
 
-def run(args: argparse.Namespace) -> int:
-    """Print what is found as it is found; return 1 if something that is needed is missing."""
+def run() -> int:
+    """Print findings as they are made; return 1 if something that is needed is missing."""
     missing = 0
     for finding in examine():
         state = "MISSING" if finding.remedy else "ok"
@@ -48,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def examine() -> Iterator[Finding]:
-    """All findings; without torch, those that need none."""
+    """Yield all findings; without torch, those that need none."""
     yield Finding("python", platform.python_version())
     package = Path(__file__).parents[1]
     yield Finding("sdgp_fx", f"{version('sdgp_fx') or 'not installed'}, {package}")
@@ -75,7 +77,7 @@ def examine() -> Iterator[Finding]:
 
 
 def version(package: str) -> str:
-    """The installed version; "" if there is none."""
+    """Return the installed version of a package; "" if there is none."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -83,12 +85,13 @@ def version(package: str) -> str:
 
 
 def is_ours(name: str, value: str) -> bool:
-    """Whether this variable is one of `SDGPConfig`, and set."""
+    """Return whether an environment variable is one of `SDGPConfig`, and set."""
     fields = {f"SDGP_{field.name.upper()}" for field in dataclasses.fields(SDGPConfig)}
     return name in fields and bool(value)
 
 
 def find_torch() -> Finding:
+    """Look for a torch that this package works with."""
     oldest, newest = (".".join(map(str, v)) for v in (OLDEST_TORCH, NEWEST_TORCH))
     remedy = f'sdgp_fx works with torch {oldest} to {newest}: pip install "torch=={newest}.*"'
     try:
@@ -101,7 +104,7 @@ def find_torch() -> Finding:
 
 
 def find_entry_point() -> Finding:
-    """What makes torch.compile know the name "sdgp"."""
+    """Look for what makes torch.compile know the name "sdgp"."""
     name, group = "entry point", "torch_dynamo_backends"
     found = list(importlib.metadata.entry_points(group=group, name="sdgp"))
     if found:
@@ -111,6 +114,7 @@ def find_entry_point() -> Finding:
 
 
 def find_gpu() -> Finding:
+    """Look for a GPU."""
     import torch
 
     if not torch.cuda.is_available():
@@ -122,6 +126,7 @@ def find_gpu() -> Finding:
 
 
 def find_triton() -> Finding:
+    """Look for Triton, which is needed with a GPU alone."""
     import torch
 
     needed = torch.cuda.is_available()
@@ -136,7 +141,7 @@ def find_triton() -> Finding:
 
 
 def find_cpp(inner: str) -> Finding:
-    """What Inductor compiles with for the CPU."""
+    """Look for what Inductor compiles with for the CPU."""
     import torch
 
     missing = missing_for_cpp()
@@ -149,7 +154,7 @@ def find_cpp(inner: str) -> Finding:
 
 
 def missing_for_cpp() -> str:
-    """What Inductor would need to compile C++; "" if it is there."""
+    """Name what Inductor lacks to compile C++; "" if it lacks nothing."""
     from torch._inductor.exc import InvalidCxxCompiler
 
     header = Path(sysconfig.get_path("include"), "Python.h")
@@ -161,14 +166,14 @@ def missing_for_cpp() -> str:
 
 
 def cpp_compiler() -> str:
-    """The one that Inductor uses. Private; checked on torch 2.11, 2.14 and 2.15."""
+    """Return the compiler that Inductor uses."""
     from torch._inductor.cpp_builder import get_cpp_compiler
 
     return get_cpp_compiler()
 
 
 def find_plan(inner: str) -> Finding:
-    """What `torch.compile(model, backend="sdgp")` will use here."""
+    """Say what `torch.compile(model, backend="sdgp")` will use here."""
     import torch
 
     if inner == "aot_eager":
@@ -199,7 +204,7 @@ def find_training(inner: str) -> Finding:
 
 
 def train(inner: str, device: str) -> str:
-    """What is wrong with the gradients of a small network; "" if nothing is."""
+    """Train a small network; say what is wrong with its gradients, "" if nothing is."""
     import torch
     from torch import nn
 
@@ -226,8 +231,3 @@ def train(inner: str, device: str) -> str:
     if torch.allclose(pruned[0], dense[0]):
         return "no gradient was pruned"
     return ""
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, shortly."""
-    return next(iter(str(error).splitlines()), "") or type(error).__name__

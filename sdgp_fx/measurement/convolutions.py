@@ -1,4 +1,4 @@
-"""The three products of a convolution in training: forward and both gradients, and their times."""
+"""Find the convolutions of a network, and time their three products in training."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..passes.convolutions import convolution_macs
+from ..passes.decisions import has_whole_groups
 from . import timing
 
 FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT = "forward", "input_gradient", "weight_gradient"
@@ -22,7 +24,8 @@ PRODUCTS = (FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT)
 class Convolution:
     """Shapes and settings of a convolution, as torch.ops.aten.convolution has them.
 
-    needs_input_gradient: in training; the first layer's input needs none.
+    Attributes:
+        needs_input_gradient: Whether training computes it; the first layer's input needs none.
     """
 
     input: tuple[int, ...]
@@ -38,7 +41,7 @@ class Convolution:
 
     @property
     def settings(self) -> tuple[Any, ...]:
-        """What torch.ops.aten.convolution takes after input, weight and bias."""
+        """Arguments of torch.ops.aten.convolution after input, weight and bias."""
         return (
             self.stride,
             self.padding,
@@ -50,16 +53,15 @@ class Convolution:
 
     @property
     def flops(self) -> int:
-        """Of the output; as many as of the input gradient and of the weight gradient."""
-        positions = self.input if self.transposed else self.output
-        return 2 * math.prod(positions) * math.prod(self.weight[1:])
+        """Operations of the forward; each gradient takes as many."""
+        return 2 * int(convolution_macs(self.input, self.weight, self.output, self.transposed))
 
-    def is_pruned(self, m: int) -> bool:
-        """Whether the backend prunes groups of m channels, m > 1, of its output's gradient."""
-        return self.needs_input_gradient and self.output[1] // self.groups % m == 0
+    def is_prunable(self, m: int) -> bool:
+        """Whether the backend can prune its output's gradient in groups of m channels, m > 1."""
+        return self.needs_input_gradient and has_whole_groups(self.output[1], self.groups, m)
 
     def __str__(self) -> str:
-        """Input and weight, and what is unusual of the settings."""
+        """Describe input and weight, and settings that are not the usual ones."""
         text = "{} * {}".format(*("x".join(map(str, shape)) for shape in (self.input, self.weight)))
         if set(self.stride) != {1}:
             text += f" / {'x'.join(map(str, self.stride))}"
@@ -71,29 +73,14 @@ class Convolution:
 def calls_of_convolutions(
     network: nn.Module, *inputs: torch.Tensor
 ) -> list[tuple[str, Convolution]]:
-    """The convolutions of a forward pass, each with the name of its module, in order.
+    """Run a network, and return its convolutions with the names of their modules, in order.
 
-    The network is run; on the device "meta" that takes no time and no memory.
+    On the device "meta" that takes no time and no memory.
     """
     recorder = Recorder(network)
     with recorder:
         network(*inputs)
     return recorder.calls
-
-
-def calls_for_images(
-    network: nn.Module, model: str, batch: int, size: int
-) -> list[tuple[str, Convolution]]:
-    """Those for images (batch, 3, size, size), of a network on the device "meta".
-
-    model: its name. Raises ValueError for images that the network does not take.
-    """
-    images = torch.empty(batch, 3, size, size, device="meta")
-    try:
-        return calls_of_convolutions(network, images)
-    except Exception as error:  # Networks refuse a size with whatever error they happen to meet.
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(f"--size: {model} takes no {size}x{size} images: {reason}") from None
 
 
 def cold_operands(
@@ -102,7 +89,7 @@ def cold_operands(
     memory_format: torch.memory_format,
     device: torch.device,
 ) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Random grad_output, input and weight; as many sets of them as `timing.cold` makes."""
+    """Draw grad_output, input and weight; as many sets of them as `timing.cold` makes."""
     shapes = (convolution.output, convolution.input, convolution.weight)
 
     def tensors() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -120,10 +107,15 @@ def time_products(
     device: torch.device,
     seconds: float,
 ) -> dict[str, timing.Timing]:
-    """Times of PRODUCTS of one convolution, without a bias; no INPUT_GRADIENT if it needs none.
+    """Time the products of one convolution without a bias.
 
     Values are random, operands are not in the cache (on CUDA), and no time of Python's counts.
-    seconds: about how long to measure.
+
+    Args:
+        seconds: About how long to measure.
+
+    Returns:
+        A time for each of PRODUCTS, but INPUT_GRADIENT where none is needed.
     """
     operands = cold_operands(convolution, dtype, memory_format, device)
 
@@ -150,7 +142,11 @@ def time_products(
 
 
 class Recorder(TorchDispatchMode):
-    """Records the convolutions that run, with the module of network that runs each."""
+    """Record the convolutions that run, with the module of network that runs each.
+
+    Attributes:
+        calls: The modules' names and the convolutions, in order.
+    """
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Times of functions, taken in turn in one process, and the memory they need."""
+"""Time functions in turn in one process, and count the memory that they need."""
 
 from __future__ import annotations
 
@@ -22,7 +22,12 @@ _FEWEST, _MOST = 5, 1000
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """Seconds of one call: median and quartiles of so many samples."""
+    """Seconds of one call.
+
+    Attributes:
+        low, high: The quartiles.
+        samples: How many were taken.
+    """
 
     median: float
     low: float
@@ -37,7 +42,11 @@ def measure(
     calls: int = 1,
     clock: Callable[[], float] | None = None,
 ) -> dict[K, Timing]:
-    """Medians of `sample`, of functions that do their work so many times a call."""
+    """Summarize `sample`, whose arguments these are.
+
+    Args:
+        calls: How often a function does its work in one call.
+    """
     return {
         name: summarize([seconds / calls for seconds in column])
         for name, column in sample(functions, device, seconds, clock).items()
@@ -50,16 +59,19 @@ def sample(
     seconds: float,
     clock: Callable[[], float] | None = None,
 ) -> dict[K, list[float]]:
-    """Seconds of functions called in turn: what slows the machine down meets all of them alike.
-
-    The i-th of each are of one round, and so of about the same moment.
-
-    seconds: about how long this takes, after two rounds of warm-up; a function runs 5 times at
-        least, and 1000 times at most.
-    clock: read before and after each function, on a CPU; perf_counter if None.
+    """Time functions in turn: what slows the machine down meets all of them alike.
 
     On CUDA only the end is waited for, not every function: the GPU then always has work queued,
     and what is timed is the GPU, or Python where that is the slower of the two.
+
+    Args:
+        seconds: About how long this takes, after two rounds of warm-up; a function runs 5 times
+            at least, and 1000 times at most.
+        clock: Read before and after each function, on a CPU; perf_counter if None.
+
+    Returns:
+        Seconds of each function's calls. The i-th of each are of one round, and so of about the
+        same moment.
     """
     cuda = device.type == "cuda"
     mark = _event if cuda else clock or perf_counter
@@ -88,7 +100,7 @@ def sample(
 
 
 def cold(make: Callable[[], T], size: int, device: torch.device) -> list[T]:
-    """Results of make, of size bytes each: enough to find none in the cache when used in turn.
+    """Call make until its results, of size bytes each, evict each other when used in turn.
 
     Going through several tensors does without a kernel that flushes the cache between two calls,
     so that any number of calls can be timed as one. On the CPU one result is enough: what runs
@@ -98,7 +110,7 @@ def cold(make: Callable[[], T], size: int, device: torch.device) -> list[T]:
 
 
 def back_to_back(calls: Sequence[Callable[[], Any]], device: torch.device) -> Callable[[], None]:
-    """One function that makes all calls, without a pause between them.
+    """Return one function that makes all calls, without a pause between them.
 
     On CUDA it replays a graph of them: a call from Python takes longer than many kernels run,
     and events around it would time Python. No result shares memory with another, which would
@@ -123,7 +135,7 @@ def back_to_back(calls: Sequence[Callable[[], Any]], device: torch.device) -> Ca
 
 
 def peak_memory(function: Callable[[], Any], device: torch.device) -> int | None:
-    """The most bytes that function has allocated, beyond those that were before."""
+    """Return the most bytes that function holds at once, beyond those allocated before."""
     if device.type != "cuda":
         return _peak_memory_on_cpu(function)
     torch.cuda.synchronize()
@@ -135,10 +147,7 @@ def peak_memory(function: Callable[[], Any], device: torch.device) -> int | None
 
 
 def _peak_memory_on_cpu(function: Callable[[], Any]) -> int:
-    """From the profiler's record of PyTorch's allocations; what libraries hold is not among them.
-
-    The events are private to the profiler (checked on torch 2.11, 2.14 and 2.15).
-    """
+    """Read the profiler's record of PyTorch's allocations; libraries' own are not in it."""
     with torch.profiler.profile(profile_memory=True) as profile:
         function()
     recorded = profile.profiler.kineto_results.events()
@@ -164,6 +173,6 @@ def _nothing() -> None:
 
 
 def summarize(samples: Sequence[float]) -> Timing:
-    """Median, quartiles and number."""
+    """Summarize the seconds of one function's calls."""
     low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
     return Timing(median, low, high, len(samples))

@@ -97,8 +97,18 @@ def why_not_possible(layer: Layer, module: str, config: SDGPConfig) -> str:
         return DTYPE
     if layer.is_depthwise:
         return DEPTHWISE
-    if not statically_known_true(layer.channels % (layer.groups * config.m) == 0):
+    if not has_whole_groups(layer.channels, layer.groups, config.m):
         return NOT_A_MULTIPLE
     if config.structure == "channel" and not isinstance(layer.channels, int):
         return NOT_STATIC
     return ""
+
+
+def has_whole_groups(channels: Any, groups: int, m: int) -> bool:
+    """Return whether each of a layer's groups has a multiple of m output channels.
+
+    Args:
+        channels: All output channels, an int or symbolic.
+        groups: Groups of channels that the layer convolves separately.
+    """
+    return statically_known_true(channels % (groups * m) == 0)

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from benchmarks.apart import run_apart
+from benchmarks.harness.apart import run_apart
 
 
 def run(*calls, jobs=2, limit=60, lifetime=10):

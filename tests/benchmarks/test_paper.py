@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks import terminal
+from benchmarks.harness import terminal
 from benchmarks.paper import cifar10, experiment, maps, signals
 from benchmarks.paper.__main__ import EXPERIMENTS, main
 from benchmarks.paper.cifar10 import Draw, Images, Recipe, Run

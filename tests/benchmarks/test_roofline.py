@@ -4,11 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("timm", reason="needs timm")
 
 from benchmarks import roofline
-from benchmarks.layers import Convolution
+from sdgp_fx.measurement.convolutions import Convolution
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 DENSE = Convolution(
@@ -104,7 +105,8 @@ def test_saved_where_it_pays_and_everywhere():
 
 def test_the_figures_in_the_repository_are_what_it_counts():
     saved = json.loads((RESULTS / "roofline.json").read_text())
-    counted = [row for task in roofline.plan(None, **saved["settings"]) for row in task.run()]
+    tasks = roofline.BENCHMARK.tasks(torch.device("cpu"), saved["settings"])
+    counted = [row for task in tasks for row in task.run()]
     assert counted == [pytest.approx(row) for row in saved["rows"]]
     # As many layers as sdgp prunes.
     pruned = {

@@ -11,7 +11,7 @@ pytest.importorskip("timm", reason="needs timm")
 pytest.importorskip("torchvision", reason="needs torchvision")
 
 from benchmarks import timm_summary, timm_sweep
-from benchmarks.architectures import Architecture, Example, describe, find_example
+from benchmarks.harness.architectures import Architecture, Example, describe, find_example
 from sdgp_fx.kernels.op import PRUNE_NM
 from sdgp_fx.passes.convolutions import CONVOLUTION_BACKWARD
 

@@ -12,7 +12,9 @@ pytest.importorskip("triton", reason="needs Triton")
 
 import sdgp_fx
 from benchmarks import traffic
-from benchmarks.gpu_codegen import generate
+from benchmarks.harness.gpu_codegen import generate
+from sdgp_fx import SDGPConfig
+from sdgp_fx.measurement.workload import Workload
 
 ROOT = Path(__file__).parents[2]
 RESCALED = {"n": 2, "m": 4, "prune": "rescaled_magnitude", "rescale": "group"}
@@ -44,16 +46,13 @@ class Net(nn.Module):
 def count(model, images, **options):
     """Backward of both compilers, and the code of their backwards."""
     counted = {}
-    for name, compile_ in {
-        "stock": torch.compile,
-        "sdgp": lambda f: torch.compile(f, backend=sdgp_fx.sdgp, options=options),
-    }.items():
+    for name, config in {"stock": None, "sdgp": SDGPConfig(**options)}.items():
 
         def inspect(graph, code, name=name):
             if graph.is_backward:
                 counted[name] = traffic.Backward.count(graph, code), code
 
-        generate(model, images, compile_, inspect)
+        generate(model, images, config, inspect)
     return counted
 
 
@@ -84,7 +83,7 @@ def test_counts_of_a_small_network_by_hand():
 
 def test_an_own_kernel_is_counted():
     images = channels_last(8, 3, 34, 34)
-    counted = count(network(), images, **{"sdgp.rescale": "feature_map"})
+    counted = count(network(), images, rescale="feature_map")
     (stock, _), (ours, _) = counted["stock"], counted["sdgp"]
     (gradient,) = ours.pruned
     assert ours.launches == stock.launches + 1
@@ -95,7 +94,7 @@ def test_an_own_kernel_is_counted():
 
 @pytest.fixture(scope="module")
 def resnet18():
-    (row,) = traffic.compare("resnet18", 256, 224, "bfloat16", "channels_last", RESCALED)
+    (row,) = traffic.compare(Workload("resnet18", 256, 224), SDGPConfig(**RESCALED))
     return row
 
 
@@ -140,7 +139,7 @@ def test_the_documentation_has_these_figures():
 
 
 def test_command(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(traffic, "build_network", lambda name: Net())
+    monkeypatch.setattr(Workload, "build", lambda self: Net())
     out = tmp_path / "out.json"
     tiny = ["--model", "test_resnet", "--batch", "4", "--size", "64"]
     assert traffic.main([*tiny, "--prune", "random", "--out", str(out)]) == 0

@@ -14,7 +14,7 @@ import torch
 from matplotlib.image import imread
 from rich.console import Console
 
-from sdgp_fx.cli import demo, doctor
+from sdgp_fx.cli import demo, demo_data, demo_results, doctor
 from sdgp_fx.cli.main import main
 
 SHORT = ["demo", "--model", "test_resnet", "--size", "16", "--inner", "aot_eager"]
@@ -84,7 +84,7 @@ def test_a_short_run_learns_and_shows_what_it_measured(tmp_path, capsys, drawn):
     assert str(picture) in out
     pixels = imread(picture)
     assert min(pixels.shape[:2]) > 500
-    for color in demo.COLORS.values():
+    for color in demo_results.COLORS.values():
         rgb = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
         assert (np.abs(pixels[..., :3] - rgb).max(-1) < 0.01).sum() > 500
 
@@ -239,13 +239,13 @@ def test_cifar10_is_trained_on(cifar10, tmp_path, capsys, drawn):
     assert main([*SHORT, *arguments, "--out", str(tmp_path / "p.png")]) == 0
     assert "CIFAR-10" in capsys.readouterr().out
     assert [len(result.losses) for result in drawn] == [2, 2]
-    loaded = demo.load_cifar10(root).images
+    loaded = demo_data.load_cifar10(root).images
     assert torch.equal(loaded, torch.from_numpy(images).view(40, 3, 32, 32))
 
 
 def test_augmented_images_are_shifted_and_mirrored():
     images = torch.arange(1, 1 + 60 * 2 * 5 * 6).view(60, 2, 5, 6)
-    augmented = demo.augment(images, torch.Generator().manual_seed(0), margin=1)
+    augmented = demo_data.augment(images, torch.Generator().manual_seed(0), margin=1)
     padded = torch.nn.functional.pad(images, (1, 1, 1, 1))
     seen = set()
     for image, source in zip(augmented, padded, strict=True):
@@ -263,23 +263,23 @@ def test_augmented_images_are_shifted_and_mirrored():
 
 
 def test_every_epoch_has_each_image_once_in_a_new_order():
-    data = demo.digits()
-    batches = demo.training_batches(data, 100, seed=0)
+    data = demo_data.digits()
+    batches = demo_data.training_batches(data, 100, seed=0)
     epochs = [torch.cat([next(batches)[0] for _ in range(14)]) for _ in range(2)]
     for images in epochs:
         assert images.shape == (1400, 1, 8, 8)
         assert len(images.unique(dim=0)) > 1390
     assert not torch.equal(*epochs)
-    again = demo.training_batches(data, 100, seed=0)
+    again = demo_data.training_batches(data, 100, seed=0)
     assert torch.equal(next(again)[0], epochs[0][:100])
 
 
 def test_images_are_normalised_and_resized():
-    data = demo.digits()
-    images = demo.prepare(data.images, data, 8)
+    data = demo_data.digits()
+    images = demo_data.prepare(data.images, data, 8)
     assert images.mean().item() == pytest.approx(0, abs=1e-5)
     assert images.std().item() == pytest.approx(1, abs=1e-5)
-    assert demo.prepare(data.images[:2], data, 32).shape == (2, 1, 32, 32)
+    assert demo_data.prepare(data.images[:2], data, 32).shape == (2, 1, 32, 32)
 
 
 def shown(steps, terminal):

@@ -138,7 +138,7 @@ def test_a_compiler_that_fails(capsys, monkeypatch):
 
 
 def test_a_step_that_prunes_nothing_is_noticed(monkeypatch):
-    monkeypatch.setattr(graph_pass, "prune_input_grads", lambda graph, config, roots: [])
+    monkeypatch.setattr(graph_pass, "prune_input_grads", lambda *args: [])
     with pytest.warns(UserWarning, match="pruned nothing"):
         found = doctor.find_training("aot_eager")
     assert found.found == "no gradient was pruned"

@@ -50,7 +50,7 @@ def fused_kernels(prune, folder):
     generate(
         model,
         images,
-        lambda f: torch.compile(f, backend=sdgp_fx.sdgp, options={"sdgp.prune": prune}),
+        sdgp_fx.SDGPConfig(prune=prune),
         lambda graph, code: codes.append(code) if graph.is_backward else None,
     )
     torch._dynamo.reset()

@@ -10,7 +10,7 @@ from torch._inductor import config as inductor_config
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from benchmarks.gpu_codegen import generate, gpu_codegen, on_gpu  # noqa: F401  (For others.)
+from benchmarks.harness.gpu_codegen import generate, gpu_codegen, on_gpu  # noqa: F401
 
 HEADER = """\
 import triton

@@ -22,9 +22,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import sdgp_fx
 from sdgp_fx import Explanation, explain
 from sdgp_fx.cli import main as command
-from sdgp_fx.cli.networks import Uninitialized
 from sdgp_fx.inspection.explain import NO_GRADIENT, NOT_COMPILED, NOT_RUN
 from sdgp_fx.inspection.report import KEPT, SAVED
+from sdgp_fx.measurement.networks import Uninitialized
 
 BOTH = {"sdgp.targets": "conv,linear"}
 

@@ -12,8 +12,8 @@ pytest.importorskip("torchvision", reason="needs torchvision")
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 
-from benchmarks.architectures import Architecture, loss
-from benchmarks.rewrite import Original
+from benchmarks.harness.architectures import Architecture, loss
+from benchmarks.harness.rewrite import Original
 from sdgp_fx import graph_pass
 from sdgp_fx.passes.prune_input_grads import prune_input_grads
 

@@ -1,4 +1,4 @@
-"""Whether a rewritten joint graph computes what it did, but for prunes of input gradients."""
+"""Check that a rewritten joint graph computes what it did, but for prunes of input gradients."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ from sdgp_fx.passes.linears import MM
 
 aten = torch.ops.aten
 
-# Among the arguments of convolution_backward.
+# Places among the arguments of convolution_backward.
 _GROUPS, _MASK = 9, 10
 _INPUT_ONLY = [True, False, False]
 
 
 class Result(NamedTuple):
-    """Of a check.
+    """Result of a check.
 
-    violations: what the rewritten graph does that it mustn't, in words; none if all is right.
-    gradients: how many the graph returns.
-    identical: how many of them are computed as before, with no prune upstream.
+    Attributes:
+        violations: What the rewritten graph does that it must not, in words; none if all is right.
+        gradients: How many gradients the graph returns.
+        identical: How many of them are computed as before, with no prune upstream.
     """
 
     violations: list[str]
@@ -36,7 +37,7 @@ class Result(NamedTuple):
 
 
 class Original:
-    """What a joint graph computes, to be asked for before it is rewritten in place."""
+    """Record of what a joint graph computes, made before the graph is rewritten in place."""
 
     def __init__(self, graph: fx.Graph) -> None:
         self._known: dict[Any, int] = {}
@@ -44,14 +45,15 @@ class Original:
         self._effects = [numbers[node] for node in _effects(graph)]
 
     def check(self, graph: fx.Graph, decisions: Sequence[Decision], config: SDGPConfig) -> Result:
-        """Hold the rewritten graph against the original.
-
-        config: with rescale scope "group" and a pruning function that draws no numbers.
+        """Compare the rewritten graph with the original.
 
         All is right if every output, and whatever is mutated, is computed as before but for
         prunes of gradients; if these are as many and as configured as was decided; and if each is
         read by nothing but products that sum over the channels which it prunes. Such a product
         is an input gradient: those of weight and bias sum over samples and positions.
+
+        Args:
+            config: With rescale scope "group" and a pruning function that draws no numbers.
         """
         effects = list(_effects(graph))
         exact, dense = self._numbers(graph), self._numbers(graph, dense=True)
@@ -76,12 +78,13 @@ class Original:
         return Result(found, len(gradients), sum(gradients))
 
     def _numbers(self, graph: fx.Graph, dense: bool = False) -> dict[fx.Node, int]:
-        """A number for what each node computes: two have the same if they compute the same.
+        """Number what each node computes: two have the same number if they compute the same.
 
         The halves of a convolution_backward compute what the whole did, and a matrix is
         transposed by any of the operators that do it. A draw of random numbers is like no other.
 
-        dense: a prune computes what it is given.
+        Args:
+            dense: Take a prune for the identity.
         """
         numbers: dict[fx.Node, int] = {}
         for node in graph.nodes:
@@ -115,7 +118,7 @@ def _hashable(value: Any, numbers: dict[fx.Node, int]) -> Any:
 
 
 def _effects(graph: fx.Graph) -> Iterator[fx.Node]:
-    """The nodes that a graph returns, and those that mutate something."""
+    """Yield the nodes that a graph returns, and those that mutate something."""
     for node in graph.nodes:
         if node.op == "output":
             yield from (operand for operand in node.args[0] if isinstance(operand, fx.Node))
@@ -124,10 +127,10 @@ def _effects(graph: fx.Graph) -> Iterator[fx.Node]:
 
 
 def _backward(graph: fx.Graph) -> set[fx.Node]:
-    """The nodes that a gradient is computed from or is."""
+    """Return the nodes of the backward: gradients, and what they are computed from."""
     found: set[fx.Node] = set()
     for node in graph.nodes:
-        # AOTAutograd (checked on torch 2.11, 2.13 and 2.15) names a joint graph's tangents so.
+        # AOTAutograd names a joint graph's tangents so.
         is_tangent = node.op == "placeholder" and node.target.startswith("tangents")
         if is_tangent or not found.isdisjoint(node.all_input_nodes):
             found.add(node)
@@ -135,7 +138,7 @@ def _backward(graph: fx.Graph) -> set[fx.Node]:
 
 
 def _misuses(prune: fx.Node, config: SDGPConfig) -> Iterator[str]:
-    """How a prune is configured or read as it must not be."""
+    """Yield how a prune is configured or read as it must not be."""
     _, *settings, groups = prune.args
     if settings != [None, config.n, config.m, config.prune, config.rescale]:
         yield f"{prune.name} has settings {settings}"
@@ -155,7 +158,7 @@ def _misuses(prune: fx.Node, config: SDGPConfig) -> Iterator[str]:
 
 
 def _transposes(node: fx.Node) -> bool:
-    """Whether node is the transpose of a matrix."""
+    """Return whether node is the transpose of a matrix."""
     if node.target is aten.permute.default:
         return list(cast(Any, node.args[1])) == [1, 0]
     return node.target is aten.t.default

@@ -1,4 +1,4 @@
-"""Calls in other processes, which may die or hang."""
+"""Make calls in other processes, which may die or hang."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ Call = tuple[Any, Callable[..., Any], tuple[Any, ...]]
 class _Worker:
     """A process that makes calls, one after another.
 
-    key: of the call it is making, None if none. end: when that is given up.
+    Attributes:
+        calls: How many it was given.
+        key: Of the call that it is making; None if it is idle.
+        end: When that call is given up.
     """
 
     def __init__(self) -> None:
@@ -31,6 +34,7 @@ class _Worker:
         self.end = 0.0
 
     def start(self, call: Call, limit: float) -> None:
+        """Begin a call, which is given up after limit seconds."""
         self.key, function, args = call
         self.calls += 1
         self.end = time.monotonic() + limit
@@ -38,7 +42,7 @@ class _Worker:
             self.connection.send((function, args))
 
     def result(self) -> Any:
-        """Of the call; a ChildProcessError if the process died over it."""
+        """Return the call's result; a ChildProcessError if the process died over it."""
         try:
             return self.connection.recv()
         except EOFError:
@@ -46,6 +50,7 @@ class _Worker:
             return ChildProcessError(f"died with exit code {self.process.exitcode}")
 
     def stop(self) -> None:
+        """End the process, and the call that it is making."""
         self.connection.close()  # An idle process ends by that.
         if self.key is not None:
             self.process.kill()
@@ -55,13 +60,18 @@ class _Worker:
 def run_apart(
     calls: Iterable[Call], jobs: int, limit: float, lifetime: int
 ) -> Iterator[tuple[Any, Any]]:
-    """Make calls, each (key, function, arguments), jobs at a time; yield (key, result) as they end.
+    """Make calls, each (key, function, arguments), jobs at a time.
 
-    A call that raises, whose process dies, or that takes longer than limit seconds has an
-    exception as its result: a RuntimeError with its own's class and message, a ChildProcessError
-    or a TimeoutError. What functions print is lost. Calls are taken when they can start.
+    What functions print is lost. Calls are taken when they can start.
 
-    lifetime: calls that a process makes before another takes its place.
+    Args:
+        limit: Seconds after which a call is given up.
+        lifetime: Calls that a process makes before another takes its place.
+
+    Yields:
+        (key, result), as calls end. A call that raises has a RuntimeError as its result, with the
+        error's class and message; one whose process dies a ChildProcessError; one that is given up
+        a TimeoutError.
     """
     waiting = iter(calls)
     idle: list[_Worker] = []
@@ -101,7 +111,7 @@ def _work(connection: Connection) -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)
-    with contextlib.suppress(EOFError):  # Of recv, when no call will follow.
+    with contextlib.suppress(EOFError):  # recv raises it when no call will follow.
         while True:
             function, args = connection.recv()
             try:

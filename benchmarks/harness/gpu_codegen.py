@@ -1,10 +1,10 @@
-"""What Inductor generates for a training step on a GPU, on a machine that need not have one.
+"""Generate Inductor's code for a training step on a GPU, on a machine that need not have one.
 
 Until it launches a kernel, Inductor asks a GPU for nothing but its properties. With these
 answered, a training step is traced with fake tensors (shapes, no values), and lowered, scheduled
 and written as code as it would be there. Nothing is run, nothing is timed.
 
-Everything here that stands in for the GPU is private to torch; checked on torch 2.11, 2.14, 2.15.
+Everything here that stands in for the GPU is private to torch.
 """
 
 from __future__ import annotations
@@ -34,10 +34,13 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.utils._pytree import tree_map
 from triton.backends.compiler import GPUTarget
 
-from sdgp_fx.passes import channels, convolutions
+from sdgp_fx import SDGPConfig
+from sdgp_fx.graph_pass import PruneInputGrads
+from sdgp_fx.inductor import lowering  # noqa: F401  (Importing it registers it.)
+from sdgp_fx.passes import profit
 
 GPU = torch.device("cuda", 0)
-# Of an H100 or H200. The sizes of caches and memory decide no code.
+# An H100's or H200's. The sizes of caches and memory decide no code.
 PROPERTIES = types.SimpleNamespace(
     name="NVIDIA H200",
     major=9,
@@ -68,17 +71,22 @@ class _Generated(Exception):
 def generate(
     network: nn.Module,
     images: Tensor,
-    compile_: Callable[[Callable[..., Any]], Callable[..., Any]],
+    config: SDGPConfig | None,
     inspect: Callable[[GraphLowering, str], None],
 ) -> None:
     """Compile a training step of network (forward, cross entropy, backward) for a GPU.
 
-    network: on the CPU, maps images to logits (N, classes). It is copied, without its values.
-    images: (N, 3, H, W), on any device, "meta" too. Dtypes and strides of both are kept.
-    compile_: torch.compile, with a backend that ends in Inductor.
-    inspect: called with each graph, the forward's before the backward's, and its code, after
-        the code has been generated and in the graph's context (V.graph).
+    Args:
+        network: On the CPU, maps images to logits (N, classes). It is copied, without its values.
+        images: (N, 3, H, W), on any device, "meta" too. Dtypes and strides of both are kept.
+        config: How sdgp prunes; None for stock Inductor.
+        inspect: Called with each graph, the forward's before the backward's, and its code, after
+            the code has been generated and in the graph's context (V.graph).
     """
+    # The joint graph is made on the CPU, as autograd asks a GPU's driver for streams; it gets the
+    # order that one for a GPU has, and the layers that would be profitable there are pruned.
+    rewrite = config and PruneInputGrads(config, dense_half_first=())
+    options: dict[str, Any] = {"joint_custom_pre_pass": rewrite} if rewrite else {}
     mode = FakeTensorMode()
     with FakeCopyMode(mode):
         network = copy.deepcopy(network)
@@ -96,21 +104,18 @@ def generate(
     compile_graph = functools.partial(compile_fx.compile_fx, inner_compile=compile_inner)
     with (
         mode,
-        # The joint graph is made on the CPU, as autograd asks a GPU's driver for streams; the
-        # pass gives it the order that it gives a GPU's, and prunes the layers that it would there.
-        mock.patch.object(convolutions, "DENSE_HALF_FIRST", ()),
-        mock.patch.dict(channels.COST, cpu=channels.COST["cuda"]),
+        mock.patch.dict(profit.COST, cpu=profit.COST["cuda"]),
         mock.patch.object(compile_fx, "compile_fx", compile_graph),
         mock.patch.object(decomposition, "is_gpu", return_value=True),
         functorch_config.patch(force_non_lazy_backward_lowering=True, enable_autograd_cache=False),
         inductor_config.patch(fx_graph_cache=False, compile_threads=1),
         contextlib.suppress(_Generated),
     ):
-        compile_(loss)(images, labels)
+        torch.compile(loss, options=options)(images, labels)
 
 
 def on_gpu(gm: fx.GraphModule, inputs: Sequence[Any]) -> tuple[fx.GraphModule, list[Any]]:
-    """Copies of a graph and of its fake inputs, with all their tensors on the GPU."""
+    """Copy a graph and its fake inputs, with all their tensors on the GPU."""
 
     def moved(value: Any) -> Any:
         if not isinstance(value, Tensor):
@@ -129,7 +134,7 @@ def on_gpu(gm: fx.GraphModule, inputs: Sequence[Any]) -> tuple[fx.GraphModule, l
 
 @contextlib.contextmanager
 def gpu_codegen(inspect: Callable[[GraphLowering, str], None]) -> Iterator[None]:
-    """Where Inductor believes that there is a GPU, and its code goes to inspect, not to the GPU."""
+    """Have Inductor believe in a GPU, and give its code to inspect in place of running it."""
 
     def keep_code(graph: GraphLowering) -> Any:
         inspect(graph, graph.codegen()[0].value)
@@ -191,7 +196,7 @@ def gpu_codegen(inspect: Callable[[GraphLowering, str], None]) -> Iterator[None]
 
 
 class _Driver:
-    """Triton's, of a GPU that isn't there."""
+    """Triton's driver of a GPU that isn't there."""
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", 10 * PROPERTIES.major + PROPERTIES.minor, PROPERTIES.warp_size)
@@ -212,7 +217,7 @@ def _stop(*_: Any) -> NoReturn:
 
 
 def _forget_devices() -> None:
-    """Clear what has been remembered of the devices there are."""
+    """Clear what torch has remembered of the devices that there are."""
     for module in (triton_utils, inductor_utils, device_interface):
         for value in vars(module).values():
             if hasattr(value, "cache_clear"):
@@ -220,7 +225,7 @@ def _forget_devices() -> None:
 
 
 def _cudnn_memory_format(input: Any, weight: Any, backend: Any) -> torch.memory_format:
-    """cuDNN answers channels-last with channels-last."""
+    """Choose as cuDNN does, which answers channels-last with channels-last."""
     wanted = {4: torch.channels_last, 5: torch.channels_last_3d}.get(input.dim())
     if wanted and any(t.is_contiguous(memory_format=wanted) for t in (input, weight)):
         return wanted

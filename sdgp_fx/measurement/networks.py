@@ -1,4 +1,4 @@
-"""timm's networks by name, built without memory for their parameters."""
+"""Build timm's networks by name, without memory for their parameters if wanted."""
 
 from __future__ import annotations
 
@@ -13,9 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def check_model(name: str, option: str) -> None:
-    """Raise ValueError, with names that are close, if timm has no network of this name.
+    """Check that timm has a network of this name.
 
-    option: what the user gave it as, for the message.
+    Args:
+        option: The option that the name was given as, for the message.
+
+    Raises:
+        ValueError: There is none; the message has names that are close.
     """
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=3)
@@ -24,16 +28,17 @@ def check_model(name: str, option: str) -> None:
 
 
 def default_input_size(name: str) -> tuple[int, int, int]:
-    """Channels, height and width of the images that a network is made for."""
+    """Return channels, height and width of the images that a network is made for."""
     size: tuple[int, int, int] = (timm.get_pretrained_cfg(name) or PretrainedCfg()).input_size
     return size
 
 
 def build_network(name: str, size: int | tuple[int, int] | None = None, **kwargs: Any) -> nn.Module:
-    """timm's network of this name, in training mode.
+    """Build timm's network of this name, in training mode.
 
-    size: of images, for a network that is built for one size.
-    kwargs: for `timm.create_model`.
+    Args:
+        size: Size of the images, for a network that is built for one size.
+        kwargs: For `timm.create_model`.
     """
     if size is not None:
         try:
@@ -44,13 +49,13 @@ def build_network(name: str, size: int | tuple[int, int] | None = None, **kwargs
 
 
 class Uninitialized(TorchDispatchMode):
-    """Parameters stay what torch.empty makes them: memory that is never touched, and takes none.
+    """Leave parameters as torch.empty makes them: memory that is never touched takes no space.
 
     Small tensors are computed: networks ask for values of some while they are built.
     """
 
     def __enter__(self) -> Any:
-        # This one draws until the values are right (private; checked on torch 2.11 to 2.15).
+        # This one draws until the values are in range, which they never will be.
         self._patch = mock.patch.object(nn.init, "_no_grad_trunc_normal_", lambda x, *_, **__: x)
         self._patch.start()
         return super().__enter__()

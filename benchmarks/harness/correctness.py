@@ -1,4 +1,4 @@
-"""Whether the kernels and the compiled backward compute what they should on this device."""
+"""Check that the kernels and the compiled backward are right on this device."""
 
 from __future__ import annotations
 
@@ -14,20 +14,16 @@ from torch import Tensor, nn
 import sdgp_fx
 from sdgp_fx.kernels import reference
 from sdgp_fx.kernels.op import prune_nm
+from sdgp_fx.measurement.workload import DTYPES, MEMORY_FORMATS
 
-from . import command
 from .benchmark import Benchmark, Task
-from .prune_op import VARIANTS
+from .command import VARIANTS
 from .report import Row
 
-# Which values are kept must agree. Where they are scaled, kernels may differ from the reference by
-# a unit in the last place: sums over the wider scopes run in another order, and a GPU divides
-# float32 to two units. Subnormal numbers have a unit that doesn't shrink with them.
-RELATIVE = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
-ABSOLUTE = {torch.float32: 1e-44, torch.bfloat16: 1e-40, torch.float16: 6e-8}
-# Of the norm of a network's gradient in float32, for kernels that add in another order.
+# The share of its norm by which a network's gradient in float32 may differ: sums are taken in
+# another order.
 GRADIENT = 1e-4
-# A gradient that is pruned differs from the dense one by this at the least.
+# The share of its norm by which a pruned gradient differs from the dense one at the least.
 PRUNED = 1e-2
 
 
@@ -48,31 +44,33 @@ class Case(NamedTuple):
 
 
 def plan_kernels(device: torch.device, ms: Sequence[int], processes: int) -> list[Task]:
-    """A task for each case of each m, in order: all functions, scopes, dtypes and formats.
-
-    processes: that share the cases, since compiling the kernels is most of the work; 0 for none.
+    """Plan a task for each case of each m, in order: all functions, scopes, dtypes and formats.
 
     Of the two shapes one has no size that is a multiple of 16, the other none that isn't, and
     several tiles: kernels are compiled for either.
+
+    Args:
+        processes: Processes that share the cases, since compiling the kernels is most of the
+            work; 0 for none.
     """
     cases = [
         Case(prune, rescale, m, dtype, memory_format, shape)
         for m in ms
         for shape in ((3, 3 * m, 5, 7), (4, 16 * m, 16, 16))
         for (prune, rescale), dtype, memory_format in itertools.product(
-            VARIANTS, command.DTYPES, command.MEMORY_FORMATS
+            VARIANTS, DTYPES, MEMORY_FORMATS
         )
     ]
     calls: list[Callable[[], list[Row]]] = [partial(check_kernel, device, case) for case in cases]
     if processes:
         pool = multiprocessing.get_context("spawn").Pool(processes)
         calls = [pool.apply_async(call).get for call in calls]
-        pool.close()  # It ends with its last call.
+        pool.close()  # The pool ends with its last call.
     return [Task(" ".join(map(str, case)), call) for case, call in zip(cases, calls, strict=True)]
 
 
 def check_kernel(device: torch.device, case: Case) -> list[Row]:
-    """A row that says how the operator on device differs from the reference on the CPU."""
+    """Compare the operator on device with the reference on the CPU."""
     x = gradient(case)
     seed = torch.tensor([-6148914691236517206])
     settings = (case.m // 2, case.m, case.prune, case.rescale)
@@ -82,16 +80,16 @@ def check_kernel(device: torch.device, case: Case) -> list[Row]:
 
 
 def gradient(case: Case) -> Tensor:
-    """Random numbers, with ties and zeros in the first sample, NaN and infinity in the last."""
+    """Draw numbers, with ties and zeros in the first sample, NaN and infinity in the last."""
     x = torch.randn(case.shape, generator=torch.Generator().manual_seed(0))
     x[0] = (2 * x[0]).round() / 2
     x[-1, 0, 0, 0], x[-1, -1, -1, -1] = float("nan"), -float("inf")
-    memory_format = command.MEMORY_FORMATS[case.memory_format]
+    memory_format = MEMORY_FORMATS[case.memory_format]
     return x.to(getattr(torch, case.dtype)).contiguous(memory_format=memory_format)
 
 
 def difference(case: Case, actual: Tensor, expected: Tensor) -> str | None:
-    """How actual differs from expected, in words; None if it doesn't."""
+    """Say how actual differs from expected; None if it does not."""
     if actual.stride() != expected.stride():
         return f"has strides {actual.stride()}, expected {expected.stride()}"
     if wrong := int(((actual != 0) != (expected != 0)).sum()):
@@ -100,8 +98,8 @@ def difference(case: Case, actual: Tensor, expected: Tensor) -> str | None:
         integer = torch.int32 if actual.dtype == torch.float32 else torch.int16
         right = actual.view(integer) == expected.view(integer)
     else:
-        tolerance = {"rtol": RELATIVE[actual.dtype], "atol": ABSOLUTE[actual.dtype]}
-        right = torch.isclose(actual, expected, **tolerance, equal_nan=True)
+        rtol, atol, _ = reference.TOLERANCES[actual.dtype]
+        right = torch.isclose(actual, expected, rtol, atol, equal_nan=True)
     if wrong := int((~right).sum()):
         return f"has other values in {wrong} of {expected.numel()} places"
     return None
@@ -110,7 +108,7 @@ def difference(case: Case, actual: Tensor, expected: Tensor) -> str | None:
 def plan_network(
     device: torch.device, variants: Sequence[tuple[str, str]], memory_formats: Sequence[str]
 ) -> list[Task]:
-    """A task for each (prune, rescale) and memory format."""
+    """Plan a task for each (prune, rescale) and memory format."""
     return [
         Task(
             f"{prune} {rescale} {memory_format}",
@@ -122,7 +120,7 @@ def plan_network(
 
 
 def check_network(device: torch.device, prune: str, rescale: str, memory_format: str) -> list[Row]:
-    """A row that says how gradients by Inductor differ from those of the same graph in eager.
+    """Compare gradients by Inductor with those of the same graph in eager mode.
 
     A small network in float32: the fewer groups of channels, the less likely are two values so
     close that rounding decides which of them is kept.
@@ -133,7 +131,7 @@ def check_network(device: torch.device, prune: str, rescale: str, memory_format:
         *(nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU()),
         *(nn.Conv2d(16, 16, 1), nn.Flatten(), nn.Linear(16 * 9 * 9, 10)),
     )
-    format_ = command.MEMORY_FORMATS[memory_format]
+    format_ = MEMORY_FORMATS[memory_format]
     network = network.to(device).to(memory_format=format_)
     images = torch.randn(2, 3, 9, 9, device=device).contiguous(memory_format=format_)
 
@@ -147,7 +145,7 @@ def check_network(device: torch.device, prune: str, rescale: str, memory_format:
         forward(images).square().sum().backward()
         return torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
 
-    torch._dynamo.reset()  # After several networks of one class it would compile no more.
+    torch._dynamo.reset()  # Dynamo compiles only so many networks of one class.
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         dense = gradients(network)
         expected = gradients(compile_with("aot_eager"))
@@ -172,14 +170,14 @@ def check_network(device: torch.device, prune: str, rescale: str, memory_format:
 
 
 def failures(rows: Sequence[Row]) -> list[str]:
-    """A line for each row that failed."""
+    """Return a line for each row that failed."""
     return [
         " ".join(str(value) for value in row.values()) for row in rows if row["failure"] is not None
     ]
 
 
 def headline(what: str, rows: Sequence[Row]) -> list[str]:
-    """How many are right."""
+    """Say how many rows are right."""
     return [f"{what}: {len(rows) - len(failures(rows))} of {len(rows)} right"]
 
 

@@ -1,4 +1,4 @@
-"""All architectures of timm and torchvision, built without memory for their parameters."""
+"""Build all architectures of timm and torchvision, without memory for their parameters."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
-from sdgp_fx.cli.networks import Uninitialized, build_network
+from sdgp_fx.measurement.networks import Uninitialized, build_network
 
 BATCH = 2  # Batch norm of one value per channel has no variance.
 SIZES = (32, 64, 96, 112, 128, 160, 192, 224, 256, 288, 384, 448, 512)
@@ -27,9 +27,12 @@ FRAMES = 16
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """A network of a library, "timm" or "torchvision", by its name there.
+    """A network of timm or torchvision.
 
-    family: the library's module that defines it.
+    Attributes:
+        library: "timm" or "torchvision".
+        name: Its name there.
+        family: The library's module that defines it.
     """
 
     library: str
@@ -38,11 +41,15 @@ class Architecture:
 
     @property
     def full_name(self) -> str:
-        """With the library, as timm's name alone."""
+        """The name, with the library if that is not timm."""
         return self.name if self.library == "timm" else f"{self.library}/{self.name}"
 
     def build(self, size: int | None = None) -> nn.Module:
-        """In training mode. size: of images, for a network that is built for one size."""
+        """Build the network, in training mode.
+
+        Args:
+            size: Size of the images, for a network that is built for one size.
+        """
         if self.library == "torchvision":
             parameters = inspect.signature(torchvision.models.get_model_builder(self.name))
             weights = {"weights", "weights_backbone"} & set(parameters.parameters)
@@ -53,17 +60,17 @@ class Architecture:
 
     @property
     def input_size(self) -> tuple[int, int, int]:
-        """Of an image that it is made for: channels, height and width."""
+        """Channels, height and width of the images that it is made for."""
         config = timm.get_pretrained_cfg(self.name) if self.library == "timm" else None
         return config.input_size if config is not None else (3, 512, 512)
 
     def sizes(self) -> list[int]:
-        """Of images to try, ascending; the last is the network's own."""
+        """List sizes of images to try, ascending; the last is the network's own."""
         own = self.input_size[-1]
         return [*(size for size in SIZES if size < own), own]
 
     def inputs(self, size: int) -> tuple[Any, ...]:
-        """What the forward of a training step takes."""
+        """Draw the inputs of a training step's forward."""
         images = torch.randn(BATCH, self.input_size[0], size, size)
         kind = self.family.partition(".")[0] if self.library == "torchvision" else ""
         if kind == "detection":
@@ -77,10 +84,11 @@ class Architecture:
 
 @dataclasses.dataclass
 class Example:
-    """A network with inputs it takes, to be run in its context.
+    """A network with inputs that it takes, to be run in its context.
 
-    size: of the images, the smallest of those tried that the network takes.
-    fake: whether the tensors have shapes alone and no values.
+    Attributes:
+        size: Size of the images, the smallest of those tried that the network takes.
+        fake: Whether the tensors have shapes alone and no values.
     """
 
     network: nn.Module
@@ -91,7 +99,7 @@ class Example:
 
 
 def list_architectures() -> list[Architecture]:
-    """Those of `timm.list_models()` and of `torchvision.models.list_models()`."""
+    """List the networks of timm and torchvision."""
     found = []
     for name in timm.list_models():
         module = timm.models.model_entrypoint(name).__module__
@@ -104,7 +112,7 @@ def list_architectures() -> list[Architecture]:
 
 
 def describe(architecture: Architecture) -> tuple[int, str]:
-    """The number of a network's parameters, and a digest of its structure.
+    """Return the number of a network's parameters, and a digest of its structure.
 
     Where the digests are equal, so are the networks for small images, but for what they are called
     and the values of their parameters.
@@ -119,7 +127,7 @@ def describe(architecture: Architecture) -> tuple[int, str]:
 
 
 def _structure(network: nn.Module) -> Iterator[Any]:
-    """All that tells one network from another, module by module."""
+    """Yield all that tells one network from another, module by module."""
     bookkeeping = {*vars(nn.Module()), "default_cfg", "pretrained_cfg"}
     for name, module in network.named_modules():
         yield name, type(module)
@@ -133,9 +141,10 @@ def _structure(network: nn.Module) -> Iterator[Any]:
 
 
 def find_example(architecture: Architecture, fake: bool) -> Example:
-    """The network with the smallest images of those tried that it takes.
+    """Find the smallest images of those tried that a network takes.
 
-    Raises what the network raises for images of its own size, if it takes none.
+    Raises:
+        Exception: It takes none; what the network raises for images of its own size.
     """
     make = _fake_example if fake else _real_example
     *sizes, own = architecture.sizes()
@@ -146,7 +155,7 @@ def find_example(architecture: Architecture, fake: bool) -> Example:
 
 
 def loss(output: Any) -> torch.Tensor:
-    """All that a network returns, whatever its form, times random numbers and summed."""
+    """Sum all that a network returns, whatever its form, times random numbers."""
     tensors = (leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor))
     sums = [(x * torch.randn_like(x)).sum() for x in tensors if x.requires_grad]
     return torch.stack(sums).sum()
@@ -156,7 +165,7 @@ def _fake_example(architecture: Architecture, size: int) -> Example:
     mode = FakeTensorMode()
     with Uninitialized():
         network = architecture.build(size)
-    with FakeCopyMode(mode):  # Private; checked on torch 2.11, 2.13 and 2.15.
+    with FakeCopyMode(mode):
         network = copy.deepcopy(network)
     with mode:
         inputs = architecture.inputs(size)
@@ -171,7 +180,7 @@ def _real_example(architecture: Architecture, size: int) -> Example:
 
 
 def _target(size: int) -> dict[str, torch.Tensor]:
-    """An object for a detector to find, with what any of torchvision's wants to know of it."""
+    """Describe an object to find, with all that any of torchvision's detectors wants."""
     return {
         "boxes": torch.tensor([[0.0, 0.0, size / 2, size / 2]]),
         "labels": torch.tensor([1]),

@@ -1,38 +1,51 @@
-"""The command line that all benchmarks have in common."""
+"""Parse the options that benchmarks share, run a benchmark, and show what came out."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
-from sdgp_fx.cli.arguments import positive
-from sdgp_fx.config import INNER_COMPILERS, PRUNING_FUNCTIONS, RESCALE_SCOPES, STRUCTURES
+from sdgp_fx.arguments import OneLineParser, check_file, positive
+from sdgp_fx.config import (
+    INNER_COMPILERS,
+    LAYERS,
+    PRUNING_FUNCTIONS,
+    RESCALE_SCOPES,
+    STRUCTURES,
+)
+from sdgp_fx.measurement.workload import MEMORY_FORMATS
 
 from .benchmark import Benchmark
 from .report import Report, environment
 from .terminal import progress
 
-DTYPES = ("bfloat16", "float16", "float32")
-MEMORY_FORMATS = {
-    "channels_last": torch.channels_last,
-    "contiguous": torch.contiguous_format,
-}
+# The pruning functions, each with the scopes that make a difference to it.
+VARIANTS = [
+    (prune, rescale)
+    for prune in PRUNING_FUNCTIONS
+    for rescale in (RESCALE_SCOPES if prune == "rescaled_magnitude" else ("group",))
+]
 
 
 class _Append(argparse.Action):
-    """Append to a list of which the default is no part."""
+    """Append to a list that the default is no part of."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
         given = getattr(namespace, self.dest)
         setattr(namespace, self.dest, [*([] if given is self.default else given), values])
 
 
-class Parser(argparse.ArgumentParser):
-    """With errors of one line, and the options of every benchmark."""
+class Parser(OneLineParser):
+    """Parser with methods for the options that benchmarks share; all have --device.
+
+    Args:
+        module: The command's module, below benchmarks.
+        example: Arguments, for the help.
+    """
 
     def __init__(self, module: str, description: str, example: str = "") -> None:
         prog = f"python -m benchmarks.{module}"
@@ -41,9 +54,6 @@ class Parser(argparse.ArgumentParser):
         )
         devices = "auto is cuda if there is one (%(default)s)"
         self.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help=devices)
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
     def add_list(
         self, option: str, dest: str, default: Sequence[Any], help: str, **kwargs: Any
@@ -79,14 +89,15 @@ class Parser(argparse.ArgumentParser):
         add("--memory-format", choices=formats, default=formats[0], help="(%(default)s)")
 
     def add_pruning(self) -> None:
-        """Add --n, --m, --prune, --rescale and --structure, of SDGPConfig."""
+        """Add --n, --m, --prune, --rescale, --structure and --layers, of SDGPConfig."""
         add = self.add_argument
         add("--n", type=int, default=2, help="values kept of every m channels (%(default)s)")
         add("--m", type=int, default=4, help="channels in a group (%(default)s)")
-        function, scope = "rescaled_magnitude", "group"
-        add("--prune", choices=PRUNING_FUNCTIONS, default=function, help="(%(default)s)")
-        add("--rescale", choices=RESCALE_SCOPES, default=scope, help="(%(default)s)")
+        function = "(rescaled_magnitude, of whole channels magnitude)"
+        add("--prune", choices=PRUNING_FUNCTIONS, help=function)
+        add("--rescale", choices=RESCALE_SCOPES, default="group", help="(%(default)s)")
         add("--structure", choices=STRUCTURES, default=STRUCTURES[0], help="(%(default)s)")
+        add("--layers", choices=LAYERS, default=LAYERS[0], help="(%(default)s)")
 
     def add_inner(self) -> None:
         """Add --inner, of SDGPConfig."""
@@ -105,14 +116,21 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(benchmark: Benchmark, parser: Parser, argv: Sequence[str] | None) -> int:
-    """Measure what argv (sys.argv by default) asks for, and show it; return the exit code."""
+    """Measure what argv asks for, and show it.
+
+    Args:
+        argv: sys.argv by default.
+
+    Returns:
+        The exit code.
+    """
     settings = vars(parser.parse_args(argv))
     path = settings.pop("out")
     try:
         try:
-            check_out(path)
+            check_file("--out", path)
             device = find_device(settings.pop("device"))
-            tasks = benchmark.plan(device, **settings)
+            tasks = benchmark.tasks(device, settings)
         except ValueError as error:
             parser.error(str(error))
         report = Report(benchmark.name, environment(device), settings, path)
@@ -129,14 +147,12 @@ def run(benchmark: Benchmark, parser: Parser, argv: Sequence[str] | None) -> int
 
 
 def find_device(name: str) -> torch.device:
-    """The device of this name; "auto" is CUDA if there is one. Raises ValueError without one."""
+    """Return the device of this name; "auto" is CUDA if there is one.
+
+    Raises:
+        ValueError: It is "cuda", and there is none.
+    """
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
         raise ValueError("--device: expected auto or cpu where torch finds no GPU, got cuda")
     return torch.device("cuda" if available and name != "cpu" else "cpu")
-
-
-def check_out(path: Path | None) -> None:
-    """Raise ValueError, ahead of the work, for a path that no file can be written to."""
-    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-        raise ValueError(f"--out: expected a file in a folder that exists, got {path}")

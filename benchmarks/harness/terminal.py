@@ -1,4 +1,4 @@
-"""Progress and tables: by rich on a terminal, as plain lines in a file or where rich is missing."""
+"""Print progress and tables: by rich on a terminal, else, or without rich, as plain lines."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def find_console() -> Console | None:
-    """rich's console, if it is installed and the output goes to a terminal."""
+    """Return rich's console, if it is installed and the output goes to a terminal."""
     if not sys.stdout.isatty():
         return None
     try:
@@ -26,9 +26,10 @@ def find_console() -> Console | None:
 
 @contextlib.contextmanager
 def progress(total: int, estimate: bool = False) -> Iterator[Callable[[str], None]]:
-    """A function to call with the name of each of total tasks as it begins.
+    """Yield a function to call with the name of each of total tasks as it begins.
 
-    estimate: say how long the rest takes, if tasks take about the same time.
+    Args:
+        estimate: Say how long the rest takes, if tasks take about the same time.
     """
     console = find_console()
     if console is None:
@@ -66,7 +67,11 @@ def progress(total: int, estimate: bool = False) -> Iterator[Callable[[str], Non
 
 
 def time_left(seconds: float, done: int, total: int) -> str:
-    """What the rest takes, if it takes what was done in so many seconds; "" if nothing was."""
+    """Estimate how long the rest of total takes, in words; "" if nothing is done yet.
+
+    Args:
+        seconds: How long that which is done took.
+    """
     if not done:
         return ""
     return f", about {seconds / done * (total - done) / 60:.0f} min left"

@@ -1,4 +1,4 @@
-"""What a benchmark leaves behind: its rows, its settings and where it ran, as one JSON file."""
+"""Report a benchmark as one JSON file: its rows, its settings, and where it ran."""
 
 from __future__ import annotations
 
@@ -16,12 +16,16 @@ import torch
 
 Row = dict[str, Any]
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @dataclasses.dataclass
 class Report:
-    """Rows, written to path (if there is one), a line for each, whenever some are added."""
+    """Rows of a benchmark, saved whenever some are added.
+
+    Attributes:
+        path: Where they are saved, a line for each row; None for nowhere.
+    """
 
     benchmark: str
     environment: dict[str, Any]
@@ -40,14 +44,14 @@ class Report:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file that is never there in part, whatever interrupts this."""
+    """Write a file in one piece: whatever interrupts this, it is never there in part."""
     unfinished = path.with_name(f"{path.name}.part")
     unfinished.write_text(text)
     os.replace(unfinished, path)
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Where and with what a benchmark runs; None for what isn't there or can't be found."""
+    """Describe where and with what a benchmark runs; None for what is not there, or not known."""
     cuda = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if cuda else _cpu_name(),
@@ -64,7 +68,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def caption(benchmark: str, environment: dict[str, Any]) -> str:
-    """A line that says what was measured, where, with what and when."""
+    """Say in one line what was measured, where, with what and when."""
     versions = ("torch", "triton", "cuda", "cudnn")
     known = [f"{name} {environment[name]}" for name in versions if environment[name] is not None]
     made_of = f"commit {environment['commit'] or 'unknown'}"
@@ -74,7 +78,7 @@ def caption(benchmark: str, environment: dict[str, Any]) -> str:
 
 
 def commit(folder: Path) -> str | None:
-    """The commit that folder is at, with "+changes" if tracked files differ from it."""
+    """Return the commit that folder is at, with "+changes" if tracked files differ from it."""
     describe = ["git", "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+changes"]
     try:
         run = subprocess.run(

@@ -1,0 +1,1 @@
+"""What the benchmark commands share: command line, reports, terminal, workers."""

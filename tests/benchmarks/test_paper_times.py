@@ -1,0 +1,59 @@
+"""Figures 9 and 10: from the same measurements."""
+
+import json
+
+import pytest
+from matplotlib.image import imread
+
+pytest.importorskip("timm", reason="needs timm")
+
+from benchmarks.paper import times
+from benchmarks.paper.__main__ import main as paper
+from sdgp_fx.measurement.timing import Timing
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """No timing: every product and step runs once, and takes a millisecond."""
+    seen = []
+
+    def measure(functions, device, seconds, calls=1):
+        for function in functions.values():
+            function()
+        seen.append(list(functions))
+        return {name: Timing(1e-3, 0.5e-3, 2e-3, 5) for name in functions}
+
+    monkeypatch.setattr("sdgp_fx.measurement.timing.measure", measure)
+    return seen
+
+
+def test_figures_9_and_10_share_what_was_measured(timed, capsys, tmp_path, monkeypatch):
+    def measure_steps(workload, inner, patterns, seconds, begin):
+        timed.append(["stock", *(f"{n}:{m}" for n, m in patterns)])
+        return {name: {"ms": 90.0, "low_ms": 80.0, "high_ms": 95.0} for name in timed[-1]}
+
+    monkeypatch.setattr(times, "measure_steps", measure_steps)
+    out, pictures = tmp_path / "times.json", [tmp_path / f"{name}.png" for name in times.FIGURES]
+    arguments = ["--model", "test_resnet", "--batch", "2", "--size", "32", "--dtype", "float32"]
+    arguments += ["--compiler", "aot_eager", "--device", "cpu", "--seconds", "0.001"]
+    for name, picture in zip(times.FIGURES, pictures, strict=True):
+        assert paper([name, *arguments, "--out", str(out), "--picture", str(picture)]) == 0
+    shown = capsys.readouterr().out
+    measured = len(timed)
+    assert timed[-1] == ["stock", "2:4"]
+    assert shown.count("31.82%") == 2
+    assert shown.count("33.17%") == 2
+    assert "measured step, sdgp 2:4: 90.0 ms, quartiles 80.0 to 95.0" in shown
+    assert "83.4%" in shown  # 1 - 33.17% / 2
+    rows = json.loads(out.read_text())["rows"]
+    assert [row.get("step") for row in rows] == [None] * 15 + ["stock", "2:4"]
+    first, second = (imread(picture) for picture in pictures)
+    assert first.shape == second.shape
+    assert (first != second).any()
+
+    # Nothing is measured twice, and nothing of another setting is taken.
+    assert paper(["fig10", *arguments, "--out", str(out)]) == 0
+    assert len(timed) == measured
+    with pytest.raises(SystemExit):
+        paper(["fig9", *arguments, "--batch", "4", "--out", str(out)])
+    assert "--out: expected a new file" in capsys.readouterr().err
