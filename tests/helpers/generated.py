@@ -39,7 +39,8 @@ def gpu_code(function, *inputs):
 class Kernel:
     """A generated kernel.
 
-    signature: argument -> Triton type. blocks: the sizes of a program's tile, besides.
+    signature: argument -> Triton type.
+    blocks: the names of the other arguments, the sizes of a program's tile.
     """
 
     def __init__(self, text, folder):

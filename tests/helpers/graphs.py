@@ -65,8 +65,9 @@ def run(gm, inputs):
 
 
 def gradients(gm, position=0):
-    """Return the nodes of input, weight and bias gradient of a convolution; None if none.
+    """Return the nodes of a convolution's input, weight and bias gradients; None if none.
 
+    position: which of the graph's convolutions.
     A convolution is told from another by its input.
     """
     outputs = {}
