@@ -20,11 +20,6 @@ from .benchmark import Benchmark, Task
 from .command import VARIANTS
 from .report import Row
 
-# Which values are kept must agree. Where they are scaled, kernels may differ from the reference by
-# a unit in the last place: sums over the wider scopes run in another order, and a GPU divides
-# float32 to two units. Subnormal numbers have a unit that doesn't shrink with them.
-RELATIVE = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
-ABSOLUTE = {torch.float32: 1e-44, torch.bfloat16: 1e-40, torch.float16: 6e-8}
 # The share of its norm by which a network's gradient in float32 may differ: sums are taken in
 # another order.
 GRADIENT = 1e-4
@@ -103,8 +98,8 @@ def difference(case: Case, actual: Tensor, expected: Tensor) -> str | None:
         integer = torch.int32 if actual.dtype == torch.float32 else torch.int16
         right = actual.view(integer) == expected.view(integer)
     else:
-        tolerance = {"rtol": RELATIVE[actual.dtype], "atol": ABSOLUTE[actual.dtype]}
-        right = torch.isclose(actual, expected, **tolerance, equal_nan=True)
+        rtol, atol, _ = reference.TOLERANCES[actual.dtype]
+        right = torch.isclose(actual, expected, rtol, atol, equal_nan=True)
     if wrong := int((~right).sum()):
         return f"has other values in {wrong} of {expected.numel()} places"
     return None

@@ -1,4 +1,4 @@
-"""How what the pass puts into graphs becomes Inductor's code."""
+"""Generate Inductor's code for what the pass puts into graphs."""
 
 # Device types on which a convolution's weight gradient has to come ahead of the prune in the graph:
 # the lowering for C++ waits for it, while the one for a GPU has to be the gradient's first reader.

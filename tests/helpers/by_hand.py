@@ -1,6 +1,7 @@
-"""n:m pruning in plain Python, one group at a time.
+"""n:m pruning by hand: in plain Python, one group at a time.
 
-From the words of McDanel et al. 2022 and Chmiel et al. 2023; it shares nothing with sdgp_fx.
+Transcribed from McDanel et al. 2022 and Chmiel et al. 2023. The reference is held against it, so it
+shares nothing with sdgp_fx.
 """
 
 import functools
@@ -12,18 +13,18 @@ import torch
 
 
 def groups(tensor, m):
-    """(number of groups, m), a row for every group: by samples, positions and channels."""
+    """Return (number of groups, m), a row for every group: by samples, positions and channels."""
     return tensor.movedim(1, -1).reshape(-1, m)
 
 
 def ungrouped(rows, like):
-    """The tensor of like's shape and dtype that has these groups."""
+    """Return the tensor of like's shape and dtype that has these groups."""
     values = torch.tensor(rows, dtype=torch.float64)
     return values.to(like.dtype).view(like.movedim(1, -1).shape).movedim(-1, 1)
 
 
 def rounding(dtype):
-    """Of a float to the type that this dtype's sums are in."""
+    """Return a function that rounds a float to the type that this dtype's sums are in."""
 
     def to_float32(value):
         with np.errstate(over="ignore"):
@@ -36,7 +37,7 @@ def rounding(dtype):
 
 
 def kept(sizes, n):
-    """The positions of the n largest, NaN above infinity; of equal ones the lower."""
+    """Return the positions of the n largest, NaN above infinity; of equal ones the lower."""
 
     def rank(i):
         return (0, 0, i) if math.isnan(sizes[i]) else (1, -sizes[i], i)
@@ -53,7 +54,7 @@ def magnitude(row, n):
 
 
 def philox(seed, index, block):
-    """Four words of 32 bits of Philox 4x32-10 (Salmon et al. 2011)."""
+    """Draw four words of 32 bits by Philox 4x32-10 (Salmon et al. 2011)."""
     low = 2**32 - 1
     key = [seed & low, (seed >> 32) & low]
     counter = [index & low, index >> 32, block, 0]
@@ -70,7 +71,7 @@ def philox(seed, index, block):
 
 
 def random(row, n, seed, index):
-    """The n largest of a word for each position; 26 bits of it count."""
+    """Keep the n positions with the largest words; 26 bits of a word count."""
     words = [word >> 6 for block in range(len(row)) for word in philox(seed, index, block)]
     return only(kept(words[: len(row)], n), row)
 
@@ -79,13 +80,13 @@ def random(row, n, seed, index):
 
 
 def factor(total, kept_total, rounded):
-    """total / kept_total where that is a finite number, else 1."""
+    """Return total / kept_total where that is a finite number, else 1."""
     ratio = rounded(total / kept_total) if kept_total else math.inf
     return ratio if math.isfinite(ratio) else 1.0
 
 
 def rescaled_group(row, n, rounded):
-    """Scope "group". Sums run from the lowest channel up, and every operation is rounded."""
+    """Rescale in scope "group": sums from the lowest channel up, every operation rounded."""
 
     def total(values):
         return functools.reduce(lambda a, b: rounded(a + b), map(abs, values))
@@ -96,7 +97,7 @@ def rescaled_group(row, n, rounded):
 
 
 def rescaled_scope(gradient, chosen, rescale, rounded):
-    """chosen, times the factor of each channel, or of each channel of a sample; in float64."""
+    """Multiply chosen by the factor of each channel, or of each of a sample's; in float64."""
     result = chosen.double().clone()
     samples = range(len(gradient)) if rescale == "feature_map" else [slice(None)]
     for sample in samples:
@@ -113,7 +114,10 @@ def rescaled_scope(gradient, chosen, rescale, rounded):
 
 
 def probabilities(sizes, n):
-    """pi_i = min(1, c size_i), sum pi = n; where at most n sizes are not 0, 1 for these. Exact."""
+    """Solve pi_i = min(1, c size_i), sum pi = n, exactly.
+
+    Where at most n sizes are not 0, pi is 1 for these.
+    """
     sizes = [Fraction(size) for size in sizes]
     positive = sorted((size for size in sizes if size), reverse=True)
     if len(positive) <= n:
@@ -126,7 +130,7 @@ def probabilities(sizes, n):
 
 
 def mvue(row, n, uniform):
-    """g / pi of those kept by systematic sampling with one uniform number, 0 <= uniform < 1.
+    """Keep n by systematic sampling with one uniform number, 0 <= uniform < 1; kept g is g / pi.
 
     Returns the row, and how far the number is from one that keeps others.
     """

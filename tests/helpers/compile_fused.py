@@ -16,10 +16,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import sdgp_fx
-from benchmarks.harness.gpu_codegen import generate
 
 from .compile_kernels import describe
-from .generated import kernels
+from .generated import generate, kernels
 
 # (XBLOCK, warps) of the largest tile that Inductor tries, with contiguous reads alone and else.
 TILES = [(128, 2), (128, 4)]
@@ -43,7 +42,7 @@ class Block(nn.Module):
 
 
 def fused_kernels(prune, folder):
-    """The kernels of Block's backward that prune what they produce."""
+    """Return the kernels of Block's backward that prune what they produce."""
     codes = []
     model = Block().bfloat16().to(memory_format=torch.channels_last)
     images = torch.empty(256, 3, 224, 224, dtype=torch.bfloat16, device="meta")

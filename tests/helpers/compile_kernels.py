@@ -74,7 +74,7 @@ def scope_kernel(kernel, dtype, n, m, channels_last, capability, **kwargs):
 
 
 class Driver:
-    """Answers for a GPU that isn't there what Triton asks before it compiles for a launch."""
+    """Answer for a GPU that isn't there what Triton asks before it compiles for a launch."""
 
     def get_current_target(self):
         return GPUTarget("cuda", 90, 32)
@@ -87,7 +87,7 @@ class Driver:
 
 
 def launched_kernels():
-    """Every kernel that the launchers launch, compiled for their very arguments, not run."""
+    """Compile every kernel that the launchers launch, for their very arguments; run none."""
     triton.runtime.driver._active = triton.runtime.driver._default = Driver()
     compiled = {}
     label = None

@@ -1,4 +1,4 @@
-"""SDGP as its definition, in eager mode: what compiled networks are held against in the tests."""
+"""SDGP in eager mode, without the pass: compiled networks are held against it in the tests."""
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ CONVOLUTIONS = {
 
 
 class Pruned(torch.autograd.Function):
-    """A layer: its input gradient is that of the pruned gradient, all else of the dense one."""
+    """A layer whose input gradient comes from the pruned gradient, all else from the dense one."""
 
     @staticmethod
     def forward(ctx, layer, prune, x, weight, bias):
@@ -54,7 +54,7 @@ class EagerSDGP(TorchFunctionMode):
         self.pruning = {"n": 2, "m": 4, **pruning}
 
     def prune(self, dense, kind, groups):
-        """Where the channels can be pruned; the positions of a linear layer are spatial."""
+        """Prune where the channels allow it; the positions of a linear layer are spatial."""
         channels = dense.shape[-1 if kind == "linear" else 1] // groups
         depthwise = kind == "conv" and channels == 1
         if depthwise or channels % self.pruning["m"] or self.pruning["n"] == self.pruning["m"]:
@@ -87,7 +87,7 @@ class EagerSDGP(TorchFunctionMode):
 
 
 def eager_sdgp(model, targets="conv", **settings):
-    """model in eager mode with SDGP; its settings are those of EagerSDGP."""
+    """Return model in eager mode with SDGP; its settings are those of EagerSDGP."""
 
     def forward(*args):
         with EagerSDGP(targets, **settings):

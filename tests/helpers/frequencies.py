@@ -21,7 +21,7 @@ PATTERNS = [(1, 2), (2, 4), (3, 8), (16, 32)]
 
 
 def gradients(m):
-    """Groups of m, by what is in them."""
+    """Return groups of m, by what is in them."""
     normal = torch.randn(m, generator=torch.Generator().manual_seed(m)).tolist()
     zeros = [g if i % 3 else 0.0 for i, g in enumerate(normal)]
     signs = [(-1.0) ** i for i in range(m)]
@@ -40,21 +40,27 @@ CASES = [(n, m, kind) for n, m in PATTERNS for kind in gradients(2)]
 
 
 def probabilities(row, n, prune):
-    """Of being kept."""
+    """Return each value's probability of being kept."""
     if prune == "random":
         return [n / len(row) if g else 0.0 for g in row]  # A zero isn't seen to be kept.
     return [float(p) for p in by_hand.probabilities([abs(g) for g in row], n)]
 
 
 def divergence(q, p):
-    """Kullback-Leibler, of 0 or 1 with probability q from p; infinite for what can't be."""
+    """Compute the Kullback-Leibler divergence of 0 or 1 with probability q from p.
+
+    It is infinite for what can't happen.
+    """
     if (q > 0 and p == 0) or (q < 1 and p == 1):
         return math.inf
     return sum(a * math.log(a / b) for a, b in ((q, p), (1 - q, 1 - p)) if a > 0)
 
 
 def assert_frequencies(happened, probabilities):
-    """happened: for each trial, a row of events."""
+    """Compare frequencies with probabilities.
+
+    happened: for each trial, a row of events.
+    """
     trials = len(happened)
     frequencies = happened.double().mean(0).flatten().tolist()
     for frequency, p in zip(frequencies, probabilities, strict=True):

@@ -1,4 +1,4 @@
-"""Code that Inductor generates for a GPU, taken apart: its kernels, to be run or compiled."""
+"""Take code that Inductor generates for a GPU apart: its kernels, to be run or compiled."""
 
 import ast
 import importlib.util
@@ -10,7 +10,7 @@ from torch._inductor import config as inductor_config
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from benchmarks.harness.gpu_codegen import gpu_codegen, on_gpu
+from benchmarks.harness.gpu_codegen import generate, gpu_codegen, on_gpu  # noqa: F401
 
 HEADER = """\
 import triton
@@ -21,7 +21,7 @@ from torch._inductor.runtime.triton_helpers import libdevice, math as tl_math
 
 
 def gpu_code(function, *inputs):
-    """Inductor's code for function(*inputs) on a GPU, and its graph; nothing is run."""
+    """Return Inductor's code for function(*inputs) on a GPU; nothing is run."""
     codes = []
     with FakeTensorMode() as mode:
         fakes = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype) for x in inputs]
@@ -39,7 +39,8 @@ def gpu_code(function, *inputs):
 class Kernel:
     """A generated kernel.
 
-    signature: argument -> Triton type. blocks: the sizes of a program's tile, besides.
+    signature: argument -> Triton type.
+    blocks: the names of the other arguments, the sizes of a program's tile.
     """
 
     def __init__(self, text, folder):
@@ -74,6 +75,6 @@ class Kernel:
 
 
 def kernels(code, folder):
-    """The kernels in code, written to files in folder, from where Triton can read them."""
+    """Return the kernels in code, written to files in folder, where Triton can read them."""
     parts = re.split(r"^@triton_heuristics\.", code, flags=re.M)[1:]
     return [Kernel(part, folder) for part in parts]

@@ -1,4 +1,4 @@
-"""Joint graphs for tests: traced by the compiler, run node by node on real tensors."""
+"""Trace joint graphs as the compiler does, and run them node by node on real tensors."""
 
 import operator
 
@@ -14,7 +14,7 @@ from sdgp_fx.passes.convolutions import CONVOLUTION_BACKWARD
 
 
 def joint_graph(model, *inputs, decompositions=None):
-    """The joint graph of one training step of model, as the backend gets it."""
+    """Trace the joint graph of one training step of model, as the backend gets it."""
     joints = []
 
     def partition(joint, joint_inputs, **kwargs):
@@ -39,7 +39,7 @@ def copy_graph(gm):
 
 
 def random_inputs(gm):
-    """A tensor for every placeholder, with its shape, strides and dtype."""
+    """Return a tensor for every placeholder, with its shape, strides and dtype."""
     generator = torch.Generator().manual_seed(1)
     tensors = []
     for node in gm.graph.find_nodes(op="placeholder"):
@@ -52,7 +52,7 @@ def random_inputs(gm):
 
 
 def run(gm, inputs):
-    """The values of all nodes by name."""
+    """Return the values of all nodes by name."""
     values = {}
 
     class Recorder(fx.Interpreter):
@@ -65,8 +65,9 @@ def run(gm, inputs):
 
 
 def gradients(gm, position=0):
-    """The nodes of input, weight and bias gradient of the position-th convolution; None if none.
+    """Return the nodes of a convolution's input, weight and bias gradients; None if none.
 
+    position: which of the graph's convolutions.
     A convolution is told from another by its input.
     """
     outputs = {}
@@ -79,12 +80,12 @@ def gradients(gm, position=0):
 
 
 def backward_of(gradient):
-    """The convolution_backward node that a gradient comes from."""
+    """Return the convolution_backward node that a gradient comes from."""
     assert gradient.target is operator.getitem
     assert gradient.args[0].target is CONVOLUTION_BACKWARD
     return gradient.args[0]
 
 
 def is_pruned(gradient):
-    """Whether a gradient is computed from a pruned grad_output."""
+    """Return whether a gradient is computed from a pruned grad_output."""
     return backward_of(gradient).args[0].target is PRUNE_NM

@@ -1,4 +1,4 @@
-"""What hypothesis draws: gradients of any form, settings of the pruning, small networks."""
+"""Strategies for hypothesis: gradients of any form, settings of the pruning, small networks."""
 
 import torch
 from hypothesis import strategies as st
@@ -12,7 +12,7 @@ dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.fl
 
 @st.composite
 def settings(draw, largest_m=32):
-    """(n, m, prune, rescale)"""
+    """Draw (n, m, prune, rescale)."""
     m = draw(st.sampled_from([m for m in (1, 2, 4, 8, 16, 32) if m <= largest_m]))
     n = draw(st.integers(1, m))
     prune = draw(st.sampled_from(PRUNING_FUNCTIONS))
@@ -21,7 +21,10 @@ def settings(draw, largest_m=32):
 
 
 def values(shape, dtype, kind, seed):
-    """kind: "normal"; "ties", zeros among them; "special", numbers at the ends of the dtype too."""
+    """Return random numbers.
+
+    kind: "normal"; "ties", zeros among them; "special", numbers at the ends of the dtype too.
+    """
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(shape, generator=generator)
     if kind == "ties":
@@ -39,7 +42,7 @@ def values(shape, dtype, kind, seed):
 
 @st.composite
 def layouts(draw, x):
-    """x in another layout: dimensions in any order, gaps, an offset; or broadcast, as by sum()."""
+    """Draw x in another layout: dimensions in any order, gaps, an offset; or broadcast."""
     order = draw(st.permutations(range(x.dim())))
     steps = [draw(st.sampled_from([1, 1, 1, 2])) for _ in order]
     sizes = [x.shape[i] * step for i, step in zip(order, steps, strict=True)]
@@ -56,7 +59,7 @@ def layouts(draw, x):
 
 @st.composite
 def gradients(draw, m):
-    """(N, C, *spatial) of at most a few hundred groups of m, and a number of groups for it."""
+    """Draw (N, C, *spatial) of at most a few hundred groups of m, and a number of groups for it."""
     groups = draw(st.integers(1, 3))
     channels = groups * m * draw(st.integers(0, 2))
     spatial = draw(st.lists(st.integers(0, 4), max_size=3))
@@ -101,7 +104,7 @@ CONVOLUTIONS = {
 
 @st.composite
 def convolutions(draw, channels, sizes, m):
-    """A convolution of (N, channels, *sizes), whose result is not empty."""
+    """Draw a convolution of (N, channels, *sizes) whose result is not empty."""
     transposed = draw(st.booleans())
     groups = draw(st.sampled_from([g for g in (1, 2, 4, channels) if channels % g == 0]))
     per_group = draw(st.sampled_from([c for c in (m, 2 * m, 1, 3) if groups * c <= 48]))
@@ -130,7 +133,7 @@ def convolutions(draw, channels, sizes, m):
 
 @st.composite
 def networks(draw, m, exact=False):
-    """A network of two to five layers, and an input.
+    """Draw a network of two to five layers, and an input.
 
     exact: two or three layers, and small integers in float32, whose sums have no rounding.
     """
@@ -166,5 +169,5 @@ def networks(draw, m, exact=False):
 
 
 def each(layers, values):
-    """One of values for each layer."""
+    """Draw one of values for each layer."""
     return st.lists(st.sampled_from(values), min_size=len(layers), max_size=len(layers))

@@ -1,4 +1,4 @@
-"""Inductor's lowering of the prune: what it computes, what it is fused with, when it is not used.
+"""Inductor's lowering of the prune: its values, what it is fused with, when it is not used.
 
 The generated Triton code is run in Triton's interpreter, on CPU tensors.
 """
@@ -15,6 +15,7 @@ pytest.importorskip("triton", reason="needs Triton")
 
 import sdgp_fx.inductor.lowering  # noqa: F401  (Registers the lowering.)
 from sdgp_fx.config import PRUNING_FUNCTIONS
+from sdgp_fx.inductor.pruning_functions import count_operations
 from sdgp_fx.kernels import reference
 from sdgp_fx.kernels.op import STOCHASTIC
 
@@ -42,7 +43,7 @@ def prune_op(x, n, m, prune, rescale="group"):
     return torch.ops.sdgp.prune_nm(x, seed, n, m, prune, rescale, 1)
 
 
-def definition(x, n, m, prune):
+def reference_prune(x, n, m, prune):
     return reference.prune_nm(x, torch.tensor([77]), n, m, prune, "group")
 
 
@@ -76,7 +77,7 @@ def no_code_of_another_lowering():
         (torch.float16, torch.contiguous_format),
     ],
 )
-def test_cpp_is_the_definition_to_the_last_bit(dtype, memory_format):
+def test_cpp_is_the_reference_to_the_last_bit(dtype, memory_format):
     cases = list(itertools.product([(2, 4), (3, 4)], PRUNING_FUNCTIONS))
 
     def prune_all(x):
@@ -86,7 +87,7 @@ def test_cpp_is_the_definition_to_the_last_bit(dtype, memory_format):
     results, (code,) = run_and_get_code(torch.compile(prune_all, fullgraph=True), x)
     assert OWN_KERNEL not in code
     for result, ((n, m), prune) in zip(results, cases, strict=True):
-        assert_same(result, definition(x, n, m, prune))
+        assert_same(result, reference_prune(x, n, m, prune))
 
 
 def test_cpp_is_vectorized():
@@ -131,20 +132,20 @@ def test_cpp_of_other_patterns():
 
     x = gradient(torch.float32)
     for result, (n, m) in zip(torch.compile(prune_all)(x), patterns, strict=True):
-        assert_same(result, definition(x, n, m, "rescaled_magnitude"))
+        assert_same(result, reference_prune(x, n, m, "rescaled_magnitude"))
 
 
 def test_cpp_with_a_symbolic_batch():
     compiled = torch.compile(lambda x: prune_op(x * 2, 2, 4, "random"), dynamic=True)
     for batch in (3, 5):
         x = torch.randn(batch, 8, 2, 2)
-        assert_same(compiled(x), definition(x * 2, 2, 4, "random"))
+        assert_same(compiled(x), reference_prune(x * 2, 2, 4, "random"))
 
 
 def test_one_and_three_spatial_dimensions():
     for shape in ((3, 8), (3, 8, 5), (3, 8, 2, 3, 2)):
         x = torch.randn(shape)
-        assert_same(torch.compile(prune_op)(x, 2, 4, "mvue"), definition(x, 2, 4, "mvue"))
+        assert_same(torch.compile(prune_op)(x, 2, 4, "mvue"), reference_prune(x, 2, 4, "mvue"))
 
 
 # Triton
@@ -178,7 +179,7 @@ def test_triton_fuses_and_prunes_what_is_stored(tmp_path, n, m, prune):
         # Triton chooses the order in which a tile's row is added up.
         exact = prune in ("magnitude", "random")
         relative = 0.0 if exact else reference.TOLERANCES[dtype].group_rtol
-        expected = definition(dense, n, m, prune)
+        expected = reference_prune(dense, n, m, prune)
         assert_same(pruned, expected, relative)
         assert torch.equal(pruned == 0, expected == 0)
 
@@ -206,7 +207,7 @@ def test_triton_in_place_of_any_strides(tmp_path):
     (kernel,) = kernels(code, tmp_path)
     output = torch.full_like(x, float("nan"))
     kernel.run([x], [output])
-    assert_same(output, definition(x, 2, 4, "magnitude"))
+    assert_same(output, reference_prune(x, 2, 4, "magnitude"))
 
 
 @interpreted
@@ -271,6 +272,12 @@ def test_cpu_cases_of_the_own_kernel():
     torch._dynamo.mark_dynamic(x, 1)
     assert OWN_KERNEL in code_of(repeated, x)
     assert_same(torch.compile(repeated)(x), magnitude(torch.cat([x] * 4, dim=1)))
+
+
+def test_an_unknown_function_is_refused():
+    """Ahead of this the operator's checks refuse it."""
+    with pytest.raises(ValueError, match="the lowering has no pruning function 'best'"):
+        count_operations(2, 4, "best", torch.float32)
 
 
 def test_nothing_to_prune():

@@ -156,7 +156,7 @@ class PooledThenNormalized(nn.Module):
 
 
 def test_what_is_overwritten_is_written_before():
-    """torch 2.11 alone fails without `keep_order`."""
+    """torch 2.11 alone fails without `keep_ordering_dependencies`."""
     results = []
     for inner in INNER_COMPILERS:
         model = PooledThenNormalized().to(memory_format=torch.channels_last)

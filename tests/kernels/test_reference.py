@@ -1,6 +1,6 @@
-"""The oracle against the words of the paper, written out once more in plain Python.
+"""The reference against the words of the paper, written out once more in plain Python.
 
-What it is on average is in test_statistics.
+Its means are in test_statistics.
 """
 
 import itertools
@@ -80,6 +80,17 @@ def test_nan_and_infinity_are_kept(prune, scope, bad):
     pruned = reference.prune_nm(x, SEED, 2, 4, prune, scope)
     assert not pruned[1, 6, 2, 1].isfinite()
     assert pruned.isfinite().sum() == pruned.numel() - 1
+
+
+def test_an_unknown_function_is_refused():
+    with pytest.raises(ValueError, match="the reference has no pruning function 'best'"):
+        reference.prune_nm(torch.randn(2, 8, 3), SEED, 2, 4, "best", "group")
+
+
+@pytest.mark.parametrize("prune", ["random", "mvue"])
+def test_a_missing_seed_is_refused(prune):
+    with pytest.raises(ValueError, match=f"seed: expected one int64 for prune = '{prune}'"):
+        reference.prune_nm(torch.randn(2, 8, 3), None, 2, 4, prune, "group")
 
 
 @pytest.mark.parametrize(("n", "m"), [(1, 2), (2, 4), (7, 8), (16, 32)])

@@ -1,6 +1,6 @@
-"""What "random" and "mvue" are on average, held against probabilities computed by hand.
+"""The means of "random" and "mvue" against probabilities computed by hand.
 
-How far frequencies may be off, see `helpers.frequencies`.
+How far frequencies may be off is said in `helpers.frequencies`.
 """
 
 import itertools
@@ -26,7 +26,7 @@ SEED = torch.tensor([1234567890123456789])
 
 
 def draws(row, n, prune, seed=SEED, dtype=torch.float32):
-    """DRAWS unbiased prunings of a group, a row for each."""
+    """Prune a group DRAWS times without bias, a row for each."""
     m = len(row)
     x = torch.tensor(row, dtype=dtype).view(1, m, 1).expand(1, m, DRAWS)
     pruned = by_hand.groups(reference.prune_nm(x, seed, n, m, prune, "group"), m)
@@ -92,12 +92,12 @@ def test_groups_and_seeds_are_independent(prune):
 
 
 def variance(row, pi):
-    """Of an unbiased estimate that keeps g with probability pi."""
+    """Compute the variance of an unbiased estimate that keeps g with probability pi."""
     return sum(g * g * (1 / p - 1) for g, p in zip(row, pi, strict=True) if g)
 
 
 def other_probabilities(row, n):
-    """Of other unbiased estimates that keep n on average: none 0, none above 1."""
+    """Yield those of other unbiased estimates that keep n on average: none 0, none above 1."""
     yield probabilities([1.0] * len(row), n, "random")
     generator = torch.Generator().manual_seed(5)
     for exponent in (0.5, 0.9, 1.1, 2.0):

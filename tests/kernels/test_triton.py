@@ -1,4 +1,4 @@
-"""The Triton kernels against the oracle: on a GPU, else in Triton's interpreter on the CPU."""
+"""The Triton kernels against the reference: on a GPU, else in Triton's interpreter on the CPU."""
 
 import pytest
 import torch
@@ -59,7 +59,7 @@ def as_channels_last(x):
 
 
 def compare(x, seed, n, m, prune, rescale):
-    """Kernel and oracle on the same gradient."""
+    """Compare kernel and reference on the same gradient."""
     if x.dtype == torch.bfloat16 and not HAS_GPU and prune in ("rescaled_magnitude", "mvue"):
         # Triton's interpreter (3.6 to 3.9) turns 1e-39 into 6e-39 on the way from float32.
         x = torch.where(x.abs() < torch.finfo(x.dtype).tiny, 0, x)
@@ -77,7 +77,7 @@ def compare(x, seed, n, m, prune, rescale):
 
 
 def compare_factors(x, n, m):
-    """Float32 sums in another order, for every dtype of the gradient."""
+    """Compare factors: float32 sums in another order, for every dtype of the gradient."""
     expected = reference.channel_factor(x, n, m)
     result = triton_prune.channel_factor(x, n, m)
     assert result.dtype == expected.dtype == torch.float32
@@ -163,6 +163,12 @@ def test_other_strides_are_copied(device, nan_filled_empty):
 def test_zero_sized(device):
     x = torch.empty(0, 8, 3, 5, device=device)
     assert triton_prune.prune_nm(x, None, 2, 4, "magnitude", "group").shape == x.shape
+
+
+@pytest.mark.parametrize("rescale", ["group", "feature_map"])
+def test_an_unknown_function_is_refused(rescale, device, seed):
+    with pytest.raises(ValueError, match="the Triton kernels have no pruning function 'best'"):
+        triton_prune.prune_nm(torch.randn(2, 8, 3, device=device), seed, 2, 4, "best", rescale)
 
 
 @pytest.mark.gpu
