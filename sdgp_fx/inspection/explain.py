@@ -25,7 +25,11 @@ NOT_RUN = "not run with these inputs"
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_MODULES = {"conv": (*_CONVOLUTIONS, *_TRANSPOSED), "linear": (nn.Linear,)}
+# Modules that are reported if they are not compiled or not run, by kind.
+_MODULES: dict[str, tuple[type[nn.Module], ...]] = {
+    "conv": (*_CONVOLUTIONS, *_TRANSPOSED),
+    "linear": (nn.Linear,),
+}
 
 
 def explain(model: nn.Module, *inputs: Any, options: dict[str, Any] | None = None) -> Explanation:
@@ -147,7 +151,7 @@ def _not_reached(
     layers = []
     for path, module in model.named_modules():
         name = _without_wrappers(path)
-        kind = next((kind for kind in kinds if isinstance(module, _MODULES[kind])), "")
+        kind = next((kind for kind in kinds if isinstance(module, _MODULES.get(kind, ()))), "")
         if not kind or name in reached:
             continue
         if _has_part(name, run.in_graphs) and name in products:
@@ -227,7 +231,7 @@ def _has_part(name: str, modules: Iterable[str]) -> bool:
 
 def _operation(kind: str, transposed: bool, dims: int) -> str:
     """Name the operation by the number of dimensions of what it returns."""
-    return "linear" if kind == "linear" else f"conv{'_transpose' * transposed}{dims - 2}d"
+    return f"conv{'_transpose' * transposed}{dims - 2}d" if kind == "conv" else kind
 
 
 def _known(count: Any) -> int | None:

@@ -25,6 +25,8 @@ from pathlib import Path
 import pytest
 
 import sdgp_fx
+from sdgp_fx import config
+from sdgp_fx.passes import prune_input_grads
 
 pytest.importorskip("timm", reason="needs timm")
 MarkdownIt = pytest.importorskip("markdown_it", reason="needs markdown-it-py").MarkdownIt
@@ -150,6 +152,9 @@ def _empty_folder(tmp_path, monkeypatch):
     """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sdgp_fx.SDGPConfig.__init__.__kwdefaults__, "inner", "aot_eager")
+    # A page adds to these.
+    monkeypatch.setattr(config, "TARGETS", config.TARGETS)
+    monkeypatch.setattr(prune_input_grads, "FINDERS", dict(prune_input_grads.FINDERS))
 
     def show(message, category, filename, lineno, file=None, line=None):
         print(f"{category.__name__}: {message}")
