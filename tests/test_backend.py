@@ -161,6 +161,54 @@ def test_a_pass_of_the_users_runs_too(model, x, patches):
     assert user.calls == 1
 
 
+def test_cache_key_has_all_that_decides_code():
+    settings = [
+        {},
+        {"config": SDGPConfig(layers="profitable")},
+        {"config": SDGPConfig(structure="channel")},
+        {"config": SDGPConfig(structure="channel", prune="mvue")},
+        {"config": SDGPConfig(targets="conv,linear")},
+        {"roots": ["L['self']"]},
+        {"roots": ["L['self']", "L['other']"]},
+        {"monitor": "0"},
+        {"monitor": "1"},
+        {"dense_half_first": ["cpu"]},
+        {"dense_half_first": ["cpu", "cuda"]},
+        # Names that could be of the one as well as of the other.
+        {"roots": ["cpu"]},
+        {"before": [Counting("a")]},
+        {"before": [Counting("a"), Counting("b")]},
+    ]
+
+    def key(config=SDGPConfig(), **rest):  # noqa: B008
+        return graph_pass.PruneInputGrads(config, **rest).uuid()
+
+    assert len({key(**setting) for setting in settings}) == len(settings)
+    # Nothing else does: neither the order of sets, nor how a value was given, nor earlier runs.
+    assert key(roots=["a", "b"]) == key(roots={"b", "a"})
+    assert key(SDGPConfig(targets=["linear", "conv"])) == key(SDGPConfig(targets="conv,linear"))
+    used = graph_pass.PruneInputGrads(SDGPConfig())
+    used(torch.fx.Graph())
+    assert used.uuid() == key()
+
+
+def test_inductor_runs_the_pass_itself_and_no_copy(model, x, unseen):
+    """It counts its runs, by which a cache hit is told."""
+    passes = []
+    make = graph_pass.PruneInputGrads.__init__
+
+    def spy(self, *args, **kwargs):
+        make(self, *args, **kwargs)
+        passes.append(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(graph_pass.PruneInputGrads, "__init__", spy)
+        for _ in range(2):
+            sdgp_gradients(model, x, inner="inductor", exclude=unseen)
+    missed, hit = passes
+    assert (missed.runs, hit.runs) == (1, 0)
+
+
 def test_pass_in_inductors_own_config_runs_too(model, x, patches):
     user = Counting()
     with torch._inductor.config.patch(joint_custom_pre_pass=user):
