@@ -51,7 +51,7 @@ GPUS = {"H100": Rates(989.4e12, 3.35e12), "H200": Rates(989.4e12, 4.8e12)}
 
 
 class Prune(NamedTuple):
-    """How the pruned gradient gets to the product, in multiples of the gradient's bytes.
+    """Way of the pruned gradient to the product, in multiples of the gradient's bytes.
 
     Attributes:
         moved: By the prune, beside what computing the gradient takes.

@@ -34,7 +34,7 @@ STOCK, SDGP = "stock", "sdgp"
 
 @dataclasses.dataclass(frozen=True)
 class Compiler:
-    """How a network is compiled.
+    """Settings that a network is compiled with.
 
     Attributes:
         mode: torch.compile's.

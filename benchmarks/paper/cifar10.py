@@ -64,7 +64,7 @@ class Draw:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What all runs of a comparison have in common; the defaults are the paper's.
+    """Recipe that all runs of a comparison share; the defaults are the paper's.
 
     Attributes:
         lr: The peak's.

@@ -37,7 +37,7 @@ FRESH_BATCHES = 10
 
 @dataclasses.dataclass(frozen=True)
 class FastRecipe:
-    """What all runs of a comparison have in common; the defaults are those of the publication.
+    """Recipe that all runs of a comparison share; the defaults are those of the publication.
 
     Attributes:
         epochs: Passes over the training images; the last one may be cut short.
@@ -80,7 +80,7 @@ class Block(nn.Module):
         self.norm2 = batch_norm(outputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, inputs, H, W) to (N, outputs, H // 2, W // 2)."""
+        """Map (N, inputs, H, W) to (N, outputs, H // 2, W // 2)."""
         x = F.gelu(self.norm1(F.max_pool2d(self.conv1(x), 2)))
         return F.gelu(self.norm2(self.conv2(x)))
 
@@ -102,7 +102,7 @@ class FastNet(nn.Module):
         self.classifier = nn.Linear(channels[-1], classes, bias=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(N, 3, 32, 32) to logits (N, classes)."""
+        """Map images (N, 3, 32, 32) to logits (N, classes)."""
         x = self.blocks(F.gelu(self.whiten(images)))
         return self.classifier(F.max_pool2d(x, 3).flatten(1)) / 9
 

@@ -58,7 +58,7 @@ CROP = 224 / 256
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What all runs of a comparison have in common; the defaults are the paper's.
+    """Recipe that all runs of a comparison share; the defaults are the paper's.
 
     Attributes:
         batch: Images of all processes together.

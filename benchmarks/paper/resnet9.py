@@ -14,7 +14,7 @@ class Residual(nn.Module):
         self.second = convolution(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) to the same."""
+        """Map (N, C, H, W) to the same shape."""
         return x + self.second(self.first(x))
 
 
@@ -41,7 +41,7 @@ class ResNet9(nn.Module):
         self.classifier = nn.Linear(2 * width, classes, bias=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(N, 3, 32, 32) to logits (N, classes)."""
+        """Map images (N, 3, 32, 32) to logits (N, classes)."""
         return 0.2 * self.classifier(self.layers(images))
 
 

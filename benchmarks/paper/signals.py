@@ -133,7 +133,7 @@ def convolutions(network: nn.Module) -> list[nn.Conv2d]:
 
 
 class Backward(NamedTuple):
-    """What a convolution meets in a backward pass.
+    """Gradient and shape that a convolution meets in a backward pass.
 
     Attributes:
         gradient: Of its output.

@@ -80,6 +80,7 @@ def test_a_wrong_kernel_stops_the_suite(tmp_path, capsys):
     assert "keeps other values" in row["failure"]
 
 
+@pytest.mark.slow
 def test_nothing_a_part_does_stops_the_suite(tmp_path, capsys):
     (tmp_path / "death.json").write_text("of an earlier run")
     parts = [
@@ -201,6 +202,7 @@ def test_the_suite_runs_on_the_cpu(tmp_path, capsys):
 
 
 @pytest.mark.gpu
+@pytest.mark.slow
 def test_the_suite_runs_on_the_gpu(tmp_path):
     assert gpu_suite.main(["--device", "cuda", "--quick", "--out", str(tmp_path)]) == 0
     rows = json.loads((tmp_path / "summary.json").read_text())["rows"]

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -361,3 +362,29 @@ def test_command_refuses(arguments, message, capsys):
         main(["table1", "--device", "cpu", *arguments])
     assert exit_.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_runs_in_the_repository_are_of_these_settings():
+    """Of names that options had before, too."""
+    path = Path(__file__).parents[2] / "benchmarks" / "results" / "paper" / "runs.json"
+    stored = json.loads(path.read_text())
+    report = experiment.resume("paper", stored["settings"], torch.device("cpu"), path)
+    for setting in in_float32((*TABLE1, *BEYOND, *CHANNELS)):
+        assert len(experiment.runs_of(report.rows, setting)) == 3
+    assert len(report.rows) == len(stored["rows"])
+
+
+@pytest.mark.parametrize(
+    ("options", "now"),
+    [
+        ({}, {"structure": "element", "layers": "all"}),
+        ({"structure": "channel"}, {"structure": "channel", "layers": "profitable"}),
+        ({"structure": "channel_always"}, {"structure": "channel", "layers": "all"}),
+        *([({"structure": "channel", "layers": layers},) * 2 for layers in ("all", "profitable")]),
+    ],
+)
+def test_options_by_the_names_that_they_had(options, now):
+    row = {"setting": "a", "options": {"n": 2, **options}}
+    assert experiment.with_current_options(row)["options"] == {"n": 2, **now}
+    dense = {"setting": "a", "options": None, "dense_last": 0.5}
+    assert experiment.with_current_options(dense) == dense

@@ -88,6 +88,7 @@ def test_a_run_goes_on_with_the_same_numbers(root, tmp_path, monkeypatch):
         imagenet.train(TINY, RANDOM, 1, root, 0, ALONE, tmp_path / "parts.json")
 
 
+@pytest.mark.slow
 def test_under_torchrun(root, tmp_path):
     out = tmp_path / "run.json"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"]

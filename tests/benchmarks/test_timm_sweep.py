@@ -244,6 +244,7 @@ def test_an_interrupt_leaves_what_there_was(inline, out, monkeypatch, capsys):
     assert "2 of 2 networks compile, of 5" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_in_processes_of_their_own(out, capfd):
     assert sweep(out, "--jobs", "1", only="test_resnet") == 0
     (row,) = rows(out).values()

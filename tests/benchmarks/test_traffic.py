@@ -98,18 +98,21 @@ def resnet18():
     return row
 
 
+@pytest.mark.slow
 def test_resnet18_has_no_launch_more(resnet18):
     assert resnet18["layers"] == 19
     assert resnet18["extra_launches"] == resnet18["extra_kernels"] == 0
     assert resnet18["unfused"] == {}
 
 
+@pytest.mark.slow
 def test_resnet18_writes_the_pruned_gradients_and_no_more(resnet18):
     """A transposing copy, or a second read of a gradient, would show here."""
     assert resnet18["extra_read_gb"] == 0
     assert 1 <= resnet18["extra_bytes_per_pruned"] <= 1.02
 
 
+@pytest.mark.slow
 def test_resnet18_needs_at_most_a_gradient_more_memory(resnet18):
     assert resnet18["extra_saved_bytes"] == 0
     assert resnet18["extra_peak_per_largest"] <= 1

@@ -76,6 +76,7 @@ def test_every_compilation_starts_with_empty_caches(monkeypatch):
     assert row["loss_difference"] == 0.5
 
 
+@pytest.mark.slow
 def test_patterns_are_compiled_and_timed_in_turn(monkeypatch):
     """Each with its own code: Dynamo would use that of an equal backend again."""
     backends = []
