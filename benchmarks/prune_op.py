@@ -173,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Time the pruning operator beside a copy of the same tensor, on the output "
         "gradients that get pruned in networks. Every shape is pruned 2:4 by rescaled magnitude; "
         "the other functions, scopes and patterns (m / 2 of m) are for the shape of median size. "
-        "On CUDA this is the Triton kernel, on the CPU its definition in eager PyTorch.",
+        "On CUDA this is the Triton kernel, on the CPU the reference in eager PyTorch.",
         example="--model resnet18 --dtype float16 --out prune_op.json",
     )
     parser.add_models(("resnet18", "resnet50"))

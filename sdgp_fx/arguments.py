@@ -10,6 +10,9 @@ from typing import Any, NoReturn
 
 from .config import check_pattern
 
+# Suffixes of the pictures that commands draw.
+PICTURES = (".png", ".svg", ".pdf")
+
 
 class OneLineParser(argparse.ArgumentParser):
     """Parser that reports a usage error in one line, without the usage."""

@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 
-from ..arguments import check_file, refuse, refusing_values
+from ..arguments import PICTURES, check_file, refuse, refusing_values
 from ..errors import first_line
 from ..inspection.explain import explain
 from ..inspection.report import Explanation
 from ..measurement.networks import Uninitialized, build_network, check_model, default_input_size
-from .parser import PICTURES
 
 
 def run(

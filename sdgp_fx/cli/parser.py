@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..arguments import OneLineParser, pattern, positive, refusing_values
+from ..arguments import PICTURES, OneLineParser, pattern, positive, refusing_values
 from ..config import (
     INNER_COMPILERS,
     LAYERS,
@@ -17,8 +17,6 @@ from ..config import (
     TARGETS,
     SDGPConfig,
 )
-
-PICTURES = (".png", ".svg", ".pdf")
 
 
 def make_parser() -> OneLineParser:
