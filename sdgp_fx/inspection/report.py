@@ -66,6 +66,10 @@ class LayerReport(Decision):
         """Return "pruned", or "dense: " and why."""
         return "pruned" if self.pruned else f"dense: {self.reason}"
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return all fields but the layer in plain values, for JSON."""
+        return {**super().to_dict(), "multiply_adds": dataclasses.asdict(self.multiply_adds)}
+
 
 @dataclasses.dataclass(frozen=True)
 class Explanation(Sequence[LayerReport]):

@@ -373,6 +373,20 @@ def test_text_has_a_line_for_each_layer(report):
     assert "1 of 3 layers pruned" in str(report)
 
 
+def test_a_dictionary_has_all_fields_but_the_layer(report):
+    plain = json.loads(json.dumps(report.to_dict()))
+    for layer, row in zip(report, plain["layers"], strict=True):
+        assert layer.layer is None
+        names = {field.name for field in dataclasses.fields(layer)} - {"layer"}
+        assert row.keys() == names
+        assert row["multiply_adds"] == dataclasses.asdict(layer.multiply_adds)
+        assert tuple(row["weight_shape"]) == layer.weight_shape
+    assert plain["config"] == {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in dataclasses.asdict(report.config).items()
+    }
+
+
 def test_rich_has_the_same_cells(report):
     console = Console(width=200)
     with console.capture() as captured:
