@@ -30,13 +30,13 @@ from torch.utils._ordered_set import OrderedSet
 
 from sdgp_fx import SDGPConfig
 from sdgp_fx.inductor.lowering import TileLoops
+from sdgp_fx.inspection.gpu_codegen import generate
 from sdgp_fx.kernels.op import PRUNE_NM
 from sdgp_fx.measurement.workload import DTYPES, Workload
 from sdgp_fx.passes import marks
 
 from .harness import command
 from .harness.benchmark import Benchmark, Task, options_of
-from .harness.gpu_codegen import generate
 from .harness.report import Row
 
 MODELS = (

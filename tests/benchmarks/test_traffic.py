@@ -12,8 +12,8 @@ pytest.importorskip("triton", reason="needs Triton")
 
 import sdgp_fx
 from benchmarks import traffic
-from benchmarks.harness.gpu_codegen import generate
 from sdgp_fx import SDGPConfig
+from sdgp_fx.inspection.gpu_codegen import generate
 from sdgp_fx.measurement.workload import Workload
 
 ROOT = Path(__file__).parents[2]

@@ -10,7 +10,7 @@ from torch._inductor import config as inductor_config
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from benchmarks.harness.gpu_codegen import generate, gpu_codegen, on_gpu  # noqa: F401
+from sdgp_fx.inspection.gpu_codegen import generate, gpu_codegen, on_gpu  # noqa: F401
 
 HEADER = """\
 import triton
@@ -39,8 +39,9 @@ def gpu_code(function, *inputs):
 class Kernel:
     """A generated kernel.
 
-    signature: argument -> Triton type.
-    blocks: the names of the other arguments, the sizes of a program's tile.
+    Attributes:
+        signature: The Triton type of each argument.
+        blocks: Names of the other arguments, the sizes of a program's tile.
     """
 
     def __init__(self, text, folder):

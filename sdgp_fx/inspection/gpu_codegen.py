@@ -34,10 +34,10 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.utils._pytree import tree_map
 from triton.backends.compiler import GPUTarget
 
-from sdgp_fx import SDGPConfig
-from sdgp_fx.graph_pass import PruneInputGrads
-from sdgp_fx.inductor import lowering  # noqa: F401  (Importing it registers it.)
-from sdgp_fx.passes import profit
+from ..config import SDGPConfig
+from ..graph_pass import PruneInputGrads
+from ..inductor import lowering  # noqa: F401  (Importing it registers it.)
+from ..passes import profit
 
 GPU = torch.device("cuda", 0)
 # An H100's or H200's. The sizes of caches and memory decide no code.
