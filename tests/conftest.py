@@ -1,4 +1,4 @@
-"""Shared by all tests: how Triton runs here, a clean compiler, what was compiled, small data."""
+"""Set up all tests: how Triton runs, a clean compiler, recorded graphs, and small data."""
 
 import hashlib
 import json
@@ -12,14 +12,14 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # There is a process for each core: threads, and processes that compile, would only add to them.
+    # Every core has its own process: threads, and processes that compile, would only add to them.
     # Must be set before torch is imported.
     os.environ |= {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
 
 import numpy as np
 import torch
 
-# The same examples every time. For others, and more: --hypothesis-profile=search.
+# Examples are the same every time. For others, and more: --hypothesis-profile=search.
 settings.register_profile(
     "ci", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
@@ -50,7 +50,7 @@ def _clean_compiler():
 
 @pytest.fixture
 def nan_filled_empty():
-    """Memory from torch.empty is NaN, so that an element nobody wrote shows."""
+    """Fill memory from torch.empty with NaN, so that an element nobody wrote shows."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -58,13 +58,13 @@ def nan_filled_empty():
 
 @pytest.fixture
 def device():
-    """Where the Triton kernels run: a GPU, or Triton's interpreter on CPU tensors."""
+    """Return where the Triton kernels run: a GPU, or Triton's interpreter on CPU tensors."""
     return torch.device("cuda" if HAS_GPU else "cpu")
 
 
 @pytest.fixture
 def rewritten(monkeypatch):
-    """The graphs that went through the pass, as (graph, decisions), in order."""
+    """Record the graphs that go through the pass, as (graph, decisions), in order."""
     from sdgp_fx import graph_pass
 
     seen = []
@@ -80,7 +80,7 @@ def rewritten(monkeypatch):
 
 @pytest.fixture
 def cifar10(tmp_path, monkeypatch):
-    """A folder with a small data set in the format of CIFAR-10, and its training images."""
+    """Return a folder with a small data set in the format of CIFAR-10, and its training images."""
     CIFAR10 = pytest.importorskip("torchvision.datasets", reason="needs torchvision").CIFAR10
     folder = tmp_path / CIFAR10.base_folder
     folder.mkdir()
@@ -103,7 +103,7 @@ def cifar10(tmp_path, monkeypatch):
 
 
 def compiled_apart(module):
-    """The JSON that a module of tests.helpers prints, in a process where Triton compiles."""
+    """Return the JSON that a module of tests.helpers prints, in a process where Triton compiles."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     run = subprocess.run(
         [sys.executable, "-m", f"tests.helpers.{module}"],

@@ -1,4 +1,4 @@
-"""torch.compile(..., backend="sdgp"): options, inner compilers, caches, shapes, randomness."""
+"""Test torch.compile(..., backend="sdgp"): options, inner compilers, caches, shapes, randomness."""
 
 import functools
 import json
@@ -45,7 +45,7 @@ def x():
 
 
 def gradients(model, x, **kwargs):
-    """Gradients of one step of a freshly compiled model, by parameter name."""
+    """Return the gradients of one step of a freshly compiled model, by parameter name."""
     torch._dynamo.reset()
     model.zero_grad()
     torch.compile(model, **kwargs)(x).square().sum().backward()
@@ -90,7 +90,7 @@ def test_environment(model, x, rewritten, monkeypatch):
 
 @pytest.fixture
 def patches(monkeypatch):
-    """The configuration that Inductor was called with, and no compilation."""
+    """Return the configuration that Inductor is called with, and compile nothing."""
     seen = {}
 
     def compile_fx(gm, inputs, config_patches=None, **kwargs):
@@ -134,7 +134,7 @@ def test_aot_eager_says_what_it_ignores(model, x, monkeypatch):
 
 
 class Counting(CustomGraphPass):
-    """A pass of the user's, in the place in Inductor that the backend needs too."""
+    """A user's pass, in the place in Inductor that the backend needs too."""
 
     def __init__(self, uuid="user"):
         self.calls, self.key = 0, uuid
@@ -174,7 +174,7 @@ def test_cache_key_has_all_that_decides_code():
         {"monitor": "1"},
         {"dense_half_first": ["cpu"]},
         {"dense_half_first": ["cpu", "cuda"]},
-        # Names that could be of the one as well as of the other.
+        # Names that could belong to either setting.
         {"roots": ["cpu"]},
         {"before": [Counting("a")]},
         {"before": [Counting("a"), Counting("b")]},
@@ -184,7 +184,7 @@ def test_cache_key_has_all_that_decides_code():
         return graph_pass.PruneInputGrads(config, **rest).uuid()
 
     assert len({key(**setting) for setting in settings}) == len(settings)
-    # Nothing else does: neither the order of sets, nor how a value was given, nor earlier runs.
+    # Nothing else changes the key: no order of sets, no form of a value, no earlier runs.
     assert key(roots=["a", "b"]) == key(roots={"b", "a"})
     assert key(SDGPConfig(targets=["linear", "conv"])) == key(SDGPConfig(targets="conv,linear"))
     used = graph_pass.PruneInputGrads(SDGPConfig())
@@ -193,7 +193,7 @@ def test_cache_key_has_all_that_decides_code():
 
 
 def test_inductor_runs_the_pass_itself_and_no_copy(model, x, unseen):
-    """It counts its runs, by which a cache hit is told."""
+    """The pass counts its runs, which tells a cache hit."""
     passes = []
     make = graph_pass.PruneInputGrads.__init__
 
@@ -216,7 +216,7 @@ def test_pass_in_inductors_own_config_runs_too(model, x, patches):
     assert patches["joint_custom_pre_pass"].before == (user,)
 
 
-# What is pruned
+# Pruned gradients
 
 
 def test_every_gradient_that_depends_on_no_pruned_one_is_bit_identical(model, x):
@@ -332,7 +332,7 @@ def test_mvue_is_unbiased_through_the_whole_backward(model, x):
 
 
 def train_on_sizes(model, **kwargs):
-    """Train on three sizes with dynamic=True; how many graphs were compiled, and the gradients."""
+    """Train on three sizes with dynamic=True; return the number of graphs and the gradients."""
     torch._dynamo.reset()
     counters.clear()
     compiled = torch.compile(model, dynamic=True, **kwargs)
@@ -366,7 +366,10 @@ def stock_on_sizes(inner):
     ],
 )
 def test_dynamic_shapes_compile_as_often_as_stock(inner, setting, rewritten):
-    """Once, but for Inductor of torch 2.11 on the CPU, which fixes the sizes of convolutions."""
+    """They compile once, except with Inductor of torch 2.11 on the CPU.
+
+    That one fixes the sizes of convolutions.
+    """
     options = {"sdgp.inner": inner, **setting}
     # A hit in the caches would not go through the pass.
     with inductor_config.patch(fx_graph_cache=False):
@@ -397,8 +400,10 @@ def test_channels_last_stays_channels_last(rewritten):
 
 @pytest.mark.parametrize("rescale", ["group", "channel"])
 def test_inductor_agrees_with_aot_eager(model, x, rescale):
-    """Magnitude selection flips where two values are nearly equal, so seeds are chosen free of
-    that: the networks are small enough for no such pair to occur."""
+    """Seeds are chosen so that no two values are nearly equal, where magnitude selection flips.
+
+    The networks are small enough for no such pair to occur.
+    """
     eager = sdgp_gradients(model, x, rescale=rescale)
     inductor = sdgp_gradients(model, x, rescale=rescale, inner="inductor")
     for name, grad in eager.items():
@@ -417,7 +422,7 @@ def test_inductor_keeps_last_gradients_within_rounding_of_stock(model, x):
 
 
 def cache_use(model, x, **options):
-    """How often one compilation missed and hit Inductor's and AOTAutograd's caches."""
+    """Count the misses and hits of one compilation in Inductor's and AOTAutograd's caches."""
     counters.clear()
     sdgp_gradients(model, x, inner="inductor", **options)
     names = ("fxgraph_cache_miss", "fxgraph_cache_hit")
@@ -443,7 +448,7 @@ def is_miss(use):
 
 @pytest.fixture
 def unseen():
-    """A setting that no cache has seen, whatever is in the caches of this machine."""
+    """Return a setting that no cache has seen, whatever is in the caches of this machine."""
     return f"no layer {uuid.uuid4()}"
 
 

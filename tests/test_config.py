@@ -122,7 +122,7 @@ def test_default_of_prune_is_the_structures(structure, prune):
     assert config == SDGPConfig(structure=structure, prune=None)
     assert config == SDGPConfig(structure=structure, prune=prune)
     assert repr(config) == repr(SDGPConfig(structure=structure, prune=prune))
-    # A resolved default is a value as any other.
+    # A resolved default is a value like any other.
     for replaced in STRUCTURES:
         assert dataclasses.replace(config, structure=replaced).prune == prune
         again = dataclasses.replace(config, structure=replaced, prune=None)
@@ -131,7 +131,7 @@ def test_default_of_prune_is_the_structures(structure, prune):
 
 @pytest.mark.parametrize("inner", ["inductor", "aot_eager"])
 def test_strings_of_numpy_reach_generated_code_as_plain_ones(inner):
-    """Their repr, "np.str_('magnitude')", is no code."""
+    """Their repr, "np.str_('magnitude')", is not valid in generated code."""
     options = {
         "sdgp.prune": np.str_("magnitude"),
         "sdgp.rescale": np.str_("channel"),
@@ -193,7 +193,7 @@ def test_include_and_exclude_are_globs():
 
 
 def test_repr_tells_configs_apart():
-    """The key of Inductor's caches is made of it."""
+    """The key of Inductor's caches is made from the repr."""
     assert repr(SDGPConfig()) != repr(SDGPConfig(n=1))
     assert repr(SDGPConfig()) != repr(SDGPConfig(structure="channel"))
     assert repr(SDGPConfig()) != repr(SDGPConfig(layers="profitable"))
@@ -238,7 +238,7 @@ valid = {
 
 
 def mappings(form, invalid):
-    """For some of the fields, under the keys of form, a valid value, or one of invalid."""
+    """Draw some of the fields, keyed by form: a valid value for each, or one of invalid."""
     either = {form(name): strategy | invalid for name, strategy in valid.items()}
     all_valid = {form(name): strategy for name, strategy in valid.items()}
     return st.fixed_dictionaries({}, optional=all_valid) | st.fixed_dictionaries(
@@ -261,14 +261,14 @@ def is_ours(key):
 
 
 def kinds(value):
-    """The parts of sdgp.targets; none of what is neither a string nor a sequence of them."""
+    """Return the parts of sdgp.targets; none if it is neither a string nor a sequence of them."""
     if isinstance(value, str):
         return [part.strip() for part in value.split(",") if part.strip()]
     return value if isinstance(value, (list, tuple)) else []
 
 
 def fits(name, value, m):
-    """Whether a field may have this value beside this m."""
+    """Return whether a field may have this value with this m."""
     if name in ("n", "m"):
         is_int = isinstance(value, int) and not isinstance(value, bool)
         return is_int and (value in (1, 2, 4, 8, 16, 32) if name == "m" else 1 <= value <= m)
@@ -282,7 +282,7 @@ def fits(name, value, m):
 
 
 def refused(options):
-    """The options, n also if it is not given, of which one must be named in an error."""
+    """Return the options one of which an error must name; n also if it is not given."""
     settings = {"sdgp.n": 2, "sdgp.m": 4, **options}
     m = settings["sdgp.m"]
     m = m if fits("m", m, m) else 32
@@ -294,7 +294,7 @@ def refused(options):
 
 
 def outcome(options, environ):
-    """The config, the other options, and the message of a ValueError."""
+    """Return the config, the other options, and the message of a ValueError."""
     try:
         return *SDGPConfig.from_options(options, environ), ""
     except ValueError as error:

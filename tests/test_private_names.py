@@ -1,7 +1,7 @@
-"""The private names of PyTorch that this project builds on, each looked up in the torch at hand.
+"""Look up the private names of PyTorch that this project builds on in the installed torch.
 
-The one place that says on which versions they were checked. What the pass reads of a graph's
-metadata is tested where it is read.
+This is the one place that says on which versions they were checked. What the pass reads of a
+graph's metadata is tested where it is read.
 """
 
 import ast
@@ -22,7 +22,7 @@ SUPPORTED = "torch 2.11 to 2.15"
 
 CHECKED_ON = "torch 2.11, 2.14 and 2.15"
 
-# Module or class -> names of it that sdgp_fx or benchmarks use, all looked up on each torch in
+# Names of each module or class that sdgp_fx or benchmarks use, all looked up on each torch in
 # CHECKED_ON.
 PRIVATE = {
     "torch": "_cslt_compress _cslt_sparse_mm _cslt_sparse_mm_search _TorchCompileInductorWrapper",
@@ -100,8 +100,8 @@ PRIVATE = {
     "torch.utils._sympy.functions": "FloorDiv ModularIndexing",
 }
 
-# What can't be followed by attributes: a handler that is set while Inductor compiles, and one
-# that answers to every name.
+# Names that can't be followed by attributes: a handler that is set while Inductor compiles, and
+# one that answers to every name.
 STAND_INS = {
     "torch._inductor.virtualized.V.graph.sizevars": "torch._inductor.sizevars.SizeVarAllocator",
     "torch._inductor.virtualized.V.graph": "torch._inductor.graph.GraphLowering",
@@ -146,13 +146,13 @@ def torch_names(source):
 
 
 def private_names(source):
-    """Find the private ones of torch_names, without the modules and classes that they are in."""
+    """Find the private ones of torch_names, without the modules and classes that contain them."""
     names = {name for name in torch_names(source) if is_private(name)}
     return {name for name in names if not any(other.startswith(f"{name}.") for other in names)}
 
 
 def has(name):
-    """Return whether torch has what a dotted name says."""
+    """Return whether torch has a dotted name."""
     for start, stand_in in STAND_INS.items():
         if name.startswith(f"{start}."):
             name = stand_in + name.removeprefix(start)
@@ -163,15 +163,16 @@ def has(name):
             break
     if count == len(parts):
         return True
-    # Or every instance of a class has it.
+    # Otherwise every instance of a class may have it.
     bases = inspect.getmro(value)[:-1] if inspect.isclass(value) else ()
     return any(f"self.{parts[count]}" in inspect.getsource(base) for base in bases)
 
 
 def missing(names, users):
-    """Return what to tell who runs a torch without some of names.
+    """Return messages about those of names that the installed torch lacks.
 
-    users: name -> the files that use it.
+    Args:
+        users: The files that use each name.
     """
     return [
         f"torch {torch.__version__} has no {name}, used in {', '.join(users[name])}; "
@@ -182,7 +183,7 @@ def missing(names, users):
 
 
 def find_users():
-    """Return private name -> the files of the package and of the benchmarks that use it."""
+    """Return the files of the package and of the benchmarks that use each private name."""
     users = {}
     for folder in ("sdgp_fx", "benchmarks"):
         for path in sorted(ROOT.glob(f"{folder}/**/*.py")):

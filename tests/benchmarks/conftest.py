@@ -1,4 +1,4 @@
-"""Shared by the tests of benchmarks: one thread."""
+"""Run the tests of benchmarks on one thread."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch
 
 @pytest.fixture(autouse=True)
 def _one_thread(monkeypatch):
-    """Tensors this small gain nothing from more."""
+    """Use one thread: tensors this small gain nothing from more."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""Calls in other processes."""
+"""Test calls in other processes."""
 
 import operator
 import os

@@ -1,4 +1,4 @@
-"""What all commands have in common: what they run, save, show and refuse. Never how fast it is."""
+"""Test what commands have in common: what they run, save, show and refuse, never how fast it is."""
 
 import json
 import signal
@@ -133,7 +133,7 @@ def test_options_given_several_times_replace_the_default(monkeypatch, tmp_path):
 
 
 def test_an_interrupt_ends_a_command_and_keeps_its_rows(tmp_path):
-    """The whole command, as a user sees it."""
+    """Run the whole command, as a user sees it."""
     out = tmp_path / "out.json"
     command = [sys.executable, "-m", "benchmarks.ceilings", "--copy-mib", "1", "--matmul", "2048"]
     command += ["--device", "cpu", "--seconds", "60", "--dtype", "float32", "--out", str(out)]

@@ -1,4 +1,4 @@
-"""Convolutions: what is timed under each name, and the sums."""
+"""Test the benchmark of convolutions: what is timed under each name, and the sums."""
 
 import dataclasses
 
@@ -14,7 +14,7 @@ from sdgp_fx.measurement.workload import Workload
 
 
 def test_convolutions_compute_the_gradients(monkeypatch):
-    """What is timed under each name, on a layer with stride, padding and groups."""
+    """Every timed call computes what its name says, with stride, padding and groups."""
     results = {}
 
     def measure(functions, device, seconds, calls):

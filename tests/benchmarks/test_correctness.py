@@ -1,4 +1,4 @@
-"""The checks of kernels and of a network: they cover everything, and find what is wrong."""
+"""Test the checks of kernels and of a network: they cover everything, and find what is wrong."""
 
 import itertools
 

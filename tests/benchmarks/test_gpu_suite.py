@@ -1,4 +1,4 @@
-"""The suite: nothing stops it but a wrong kernel, and it says what became of each part."""
+"""Test the suite: only a wrong kernel stops it, and it reports what became of each part."""
 
 import json
 import os
@@ -29,7 +29,10 @@ def part(name, plan, share=1.0, **kwargs):
 
 
 def plan_wrong_kernel(device):
-    """In the suite's process, hence as a plan: one value too many is kept."""
+    """Plan a check of a kernel that keeps one value too many.
+
+    A plan runs in the suite's process, where the kernel can be replaced.
+    """
 
     def wrong(x, seed, n, *settings):
         return correct(x, seed, n + 1, *settings)
@@ -121,7 +124,7 @@ def test_a_worker_that_has_ended_is_a_failed_part():
 
 
 class Here:
-    """A worker in this process."""
+    """Run a worker in this process."""
 
     def __init__(self):
         self.ended = False
@@ -185,7 +188,7 @@ def test_the_suite_has_every_benchmark_and_fits():
 
 @pytest.mark.slow
 def test_the_suite_runs_on_the_cpu(tmp_path, capsys):
-    """From the command to the summary, all parts; Inductor's too."""
+    """Run everything from the command to the summary, with all parts, Inductor's too."""
     arguments = ["--device", "cpu", "--quick", "--minutes", "5", "--out", str(tmp_path / "new")]
     assert gpu_suite.main(arguments) == 0
     saved = json.loads((tmp_path / "new" / "summary.json").read_text())

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.paper`: the recipe's parts, runs that are done once, and the command."""
+"""Test `python -m benchmarks.paper`: the recipe's parts, runs that are done once, the command."""
 
 import json
 import math
@@ -89,7 +89,7 @@ def test_batches_follow_the_seed_alone():
 
 
 class Small(nn.Sequential):
-    """In the place of ResNet9: the gradient of the second convolution is pruned."""
+    """Stand in for ResNet9; the gradient of the second convolution is pruned."""
 
     def __init__(self, width):
         pool = nn.AdaptiveAvgPool2d(1)
@@ -118,7 +118,7 @@ def test_more_settings_than_dynamo_recompiles():
 
 
 def test_the_last_steps_dense():
-    """Of 4 steps the last two; up to them all is as if every step were pruned."""
+    """The last two of four steps are dense; up to them, every step is pruned."""
     data = images(16)
     pruned = Setting("pruned", SDGPConfig(n=1, prune="magnitude"))
     recipe = replace(TINY, batch=4, epochs=1)
@@ -139,7 +139,7 @@ def test_the_last_steps_dense():
     always, half = losses(pruned), losses(replace(pruned, dense_last=0.5))
     whole, never = losses(replace(pruned, dense_last=1.0)), losses(Setting("dense"))
     assert whole == never != always
-    # The first step that is dense is the third, whose gradients the fourth's loss shows.
+    # The first dense step is the third; its gradients show in the loss of the fourth.
     assert half[:3] == always[:3]
     assert half[3] != always[3]
 
@@ -188,7 +188,7 @@ def test_the_environment_is_no_setting(monkeypatch):
 
 @pytest.fixture
 def trained(monkeypatch):
-    """What training is asked for; every run has its seed and setting in its accuracy."""
+    """Replace training and return its calls; each run's accuracy encodes its seed and setting."""
     calls = []
 
     def train(recipe, compile, data, test, seed, watch, make=Small, dense_last=0.0):
@@ -227,7 +227,7 @@ def test_runs_are_shared_by_what_was_trained(trained, tmp_path):
     arguments = (TINY, images(10), images(10), tmp_path / "runs.json")
     experiment.run(in_float32(TABLE1), 1, *arguments)
     experiment.run(in_float32(FIG8), 1, *arguments)
-    # Dense and 2:4 are there; what is drawn at random is another setting when it is scaled.
+    # Dense and 2:4 have runs already; random selection with scaling is another setting.
     assert len(trained) == len(TABLE1) + len(FIG8) - 2
     experiment.run(in_float32(BEYOND), 1, *arguments)
     assert len(trained) == len(TABLE1) + len(FIG8) - 2 + 4
@@ -304,7 +304,7 @@ def test_signals_of_a_layer():
             last = signal == "arriving" and row["layer"] == 3
             assert (row[signal] == perfect) == (row["setting"] == "dense" or last)
     pruned = rows[0]["pruned"]
-    # What is left of a gradient by its largest values is a projection.
+    # Keeping the largest values of a gradient is a projection.
     assert pruned["cosine"] ** 2 == pytest.approx(pruned["bias"])
     assert pruned["error"] ** 2 == pytest.approx(1 - pruned["bias"])
     assert all(map(torch.equal, before, network.state_dict().values()))
@@ -365,7 +365,7 @@ def test_command_refuses(arguments, message, capsys):
 
 
 def test_runs_in_the_repository_are_of_these_settings():
-    """Of names that options had before, too."""
+    """The stored runs are found, under former names of options too."""
     path = Path(__file__).parents[2] / "benchmarks" / "results" / "paper" / "runs.json"
     stored = json.loads(path.read_text())
     report = experiment.resume("paper", stored["settings"], torch.device("cpu"), path)

@@ -1,4 +1,4 @@
-"""The fast recipe of `benchmarks.paper`: its parts by hand, and runs that are the same again."""
+"""Test the fast recipe of `benchmarks.paper`: its parts by hand, and that runs repeat."""
 
 import json
 from dataclasses import replace
@@ -16,7 +16,7 @@ from benchmarks.paper.experiment import Setting
 from benchmarks.paper.fast import FastNet, FastRecipe, FastRun, Lookahead, Trainer
 from sdgp_fx import SDGPConfig
 
-# Channels 4, 16 and 16; an epoch of two steps, and half of another.
+# Channels 4, 16 and 16; an epoch has two steps, and half of another is run.
 TINY = FastRecipe(
     epochs=1.5, batch=8, width=1 / 16, dtype="float32", compiler="aot_eager", curve=True
 )
@@ -40,7 +40,7 @@ def test_the_schedule():
 
 
 def test_augmentation_by_hand():
-    """Shifted in an image that is mirrored first, and padded by reflection."""
+    """The image is mirrored before it is shifted, and padded by reflection."""
     batch = images(5)
     which, top, left, mirror = map(
         torch.tensor, ([4, 0, 2, 2], [0, 2, 4, 1], [2, 1, 3, 4], [0, 1, 0, 1])
@@ -72,7 +72,7 @@ def test_mirrored_in_every_other_epoch():
 
 
 def test_whitening_filters_whiten():
-    """The outputs on the patches that they are computed from have the identity as covariance."""
+    """The outputs have the identity as covariance on the patches the filters are computed from."""
     eps = 5e-4
     inputs = normalize(images(40).images)
     filters = fast.whitening_filters(inputs, 2, eps)
@@ -93,7 +93,7 @@ def test_the_first_weights_hand_their_inputs_on():
 
 
 def test_a_seed_gives_one_run_whatever_was_run_before():
-    """And testing in between changes nothing."""
+    """Testing in between changes nothing either."""
 
     def run(trainer, seed):
         result = trainer.run(seed)
@@ -115,7 +115,7 @@ def test_a_seed_gives_one_run_whatever_was_run_before():
 
 
 def test_the_last_steps_dense(monkeypatch):
-    """Of three steps the last one, where a third of them is."""
+    """The last of three steps is dense where a third of them is."""
     trainer = make_trainer(setting=replace(RANDOM, dense_last=1 / 3))
     steps = []
 
@@ -153,7 +153,7 @@ def test_lookahead():
 
 
 def test_statistics_computed_anew():
-    """They are means over whole batches, not the running ones, which forget."""
+    """The statistics are means over whole batches, not the running ones, which forget."""
     trainer = make_trainer()
     inputs = normalize(trainer.data.images)
     trainer.network.reset(inputs)
@@ -199,7 +199,7 @@ def test_optimizer():
 
 @pytest.fixture
 def trainers(monkeypatch):
-    """Trainers that were made, as (recipe, arguments for torch.compile), and the seeds of each."""
+    """Return the trainers that are made: (recipe, arguments for torch.compile, seeds)."""
     made = []
 
     class Recorded:
@@ -231,7 +231,7 @@ def test_a_setting_is_compiled_once_for_all_seeds(trainers, tmp_path, capsys):
     assert {row["fresh_accuracy"] for row in saved["rows"]} == {0.6}
     said = capsys.readouterr().out
     assert "epochs 2.5 (paper: 9.9)" in said
-    # Nothing is done again, and nothing of the other recipe is taken.
+    # Nothing is done again, and no run of the other recipe is taken.
     assert command("--seeds", "3", "--epochs", "2.5", "--width", "0.5", "--out", str(out)) == 0
     assert len(trainers) == 4
 

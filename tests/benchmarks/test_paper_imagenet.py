@@ -1,4 +1,4 @@
-"""`benchmarks.paper.imagenet`: end to end on a tiny folder of images, alone and under torchrun."""
+"""Test `benchmarks.paper.imagenet` end to end on a tiny folder of images, alone and in torchrun."""
 
 import json
 import os
@@ -27,7 +27,7 @@ RANDOM = Setting("random", SDGPConfig(prune="random"))
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """Two batches of images to train on, and five images to test."""
+    """Write two batches of images to train on, and five images to test; return their folder."""
     root, random = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
     for part, count in (("train", 2 * BATCH), ("val", 5)):
         for i in range(count):
@@ -77,12 +77,12 @@ def test_a_run_goes_on_with_the_same_numbers(root, tmp_path, monkeypatch):
         train("parts.json")
     monkeypatch.setattr(imagenet, "keep", keep)
     assert len(torch.load(tmp_path / "parts.pt")["rows"]) == 1
-    torch.rand(7)  # What else draws numbers in between.
+    torch.rand(7)  # Other code may draw numbers in between.
     rows_in_parts, weights_in_parts = train("parts.json")
     assert rows_in_parts == rows
     assert all(map(torch.equal, weights.values(), weights_in_parts.values()))
 
-    # There is nothing left to train; but another run is not taken up.
+    # There is nothing left to train, but a run with other settings is not resumed.
     assert train("parts.json")[0] == rows
     with pytest.raises(ValueError, match=r"--out: expected a new file.*which has {'seed': 0}"):
         imagenet.train(TINY, RANDOM, 1, root, 0, ALONE, tmp_path / "parts.json")

@@ -1,4 +1,4 @@
-"""Figures 9 and 10: from the same measurements."""
+"""Test figures 9 and 10, which come from the same measurements."""
 
 import json
 
@@ -14,7 +14,7 @@ from sdgp_fx.measurement.timing import Timing
 
 @pytest.fixture
 def timed(monkeypatch):
-    """No timing: every product and step runs once, and takes a millisecond."""
+    """Run every product and step once, untimed, as if each took a millisecond."""
     seen = []
 
     def measure(functions, device, seconds, calls=1):
@@ -51,7 +51,7 @@ def test_figures_9_and_10_share_what_was_measured(timed, capsys, tmp_path, monke
     assert first.shape == second.shape
     assert (first != second).any()
 
-    # Nothing is measured twice, and nothing of another setting is taken.
+    # Nothing is measured twice, and no row of another setting is taken.
     assert paper(["fig10", *arguments, "--out", str(out)]) == 0
     assert len(timed) == measured
     with pytest.raises(SystemExit):

@@ -1,4 +1,4 @@
-"""The pruning operator: which shapes and settings are timed, and beside what."""
+"""Test the benchmark of the operator: which shapes and settings are timed, and against what."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def test_prune_op_tries_everything_on_one_shape():
     planned = plan_prune()
     assert [variants for _, variants in planned[:8]] == [1, 1, 6, 6, 1, 1, 1, 1]
     assert {name.split()[-1] for name, _ in planned[:8]} == {"2:4"}
-    # The shape of median size, in both formats, at the other m.
+    # The shape of median size, in both formats, with each of the other m.
     assert [name.split()[0] for name, _ in planned[8:]] == [planned[2][0].split()[0]] * 8
     assert {name.split()[-1] for name, _ in planned[8:]} == {"1:2", "4:8", "8:16", "16:32"}
     assert {name.split()[1] for name, _ in planned} == set(MEMORY_FORMATS)
@@ -53,7 +53,7 @@ def test_prune_op_can_try_all_or_less():
 
 
 def test_prune_op_times_the_operator_and_a_copy(monkeypatch):
-    """Of the same values, in the same strides, at the same settings."""
+    """Both get the same values, in the same strides, at the same settings."""
     seen = {}
 
     def measure(functions, device, seconds, calls):

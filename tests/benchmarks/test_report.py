@@ -1,4 +1,4 @@
-"""Reports: whole files, and where they come from."""
+"""Test reports: files are whole, and say where they come from."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""The check of rewritten joint graphs, on graphs that are right and on graphs broken on purpose."""
+"""Test the check of rewritten joint graphs, on correct graphs and on graphs broken on purpose."""
 
 import operator
 
@@ -39,14 +39,14 @@ class ColumnMajor(nn.Linear):
 
 
 def rewritten(model=None, x=None):
-    """A rewritten graph, what it was, and what was decided."""
+    """Return a rewritten graph, its original, and the decisions."""
     graph = joint_graph(model or Network(), torch.randn(2, 3, 8, 8) if x is None else x).graph
     original = Original(graph)
     return graph, original, prune_input_grads(graph, CONFIG)
 
 
 def prune_of(graph, reader):
-    """A prune with its product, a node that calls reader."""
+    """Return a prune and its product, a node that calls reader."""
     for prune in graph.find_nodes(op="call_function", target=PRUNE_NM):
         for user in prune.users:
             if user.target is reader:

@@ -1,4 +1,4 @@
-"""The roofline: one layer by hand, and the figures that the documentation has."""
+"""Test the roofline: one layer by hand, and the figures in the documentation."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ DENSE = Convolution(
     groups=1,
     needs_input_gradient=True,
 )
-# Of DENSE, by hand: 2 * (2 * 128 * 8 * 8) * (64 * 9) operations, and bytes of 16-bit values.
+# DENSE by hand: 2 * (2 * 128 * 8 * 8) * (64 * 9) operations, and the bytes of 16-bit values.
 FLOPS, INPUT, WEIGHT, OUTPUT = 18_874_368, 16_384, 147_456, 32_768
 
 
@@ -87,7 +87,7 @@ def test_what_can_be_pruned(changes, prunable):
 
 
 def test_saved_where_it_pays_and_everywhere():
-    """One layer that gains, twice, and one that loses."""
+    """Sum one layer that gains, twice, and one that loses."""
     rates = roofline.Rates(1e14, 1e12)
     large = with_(input=(8, 64, 8, 8), output=(8, 128, 8, 8))
     small = with_(input=(2, 64, 1, 1), output=(2, 128, 1, 1), weight=(128, 64, 1, 1))
@@ -108,7 +108,7 @@ def test_the_figures_in_the_repository_are_what_it_counts():
     tasks = roofline.BENCHMARK.tasks(torch.device("cpu"), saved["settings"])
     counted = [row for task in tasks for row in task.run()]
     assert counted == [pytest.approx(row) for row in saved["rows"]]
-    # As many layers as sdgp prunes.
+    # The roofline counts as many layers as sdgp prunes.
     pruned = {
         row["model"]: row["layers"]
         for row in json.loads((RESULTS / "traffic.json").read_text())["rows"]

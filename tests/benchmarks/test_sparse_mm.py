@@ -1,4 +1,4 @@
-"""Sparse products: those of a network, and that they are right."""
+"""Test the sparse products: they are those of a network, and they are right."""
 
 import pytest
 import torch

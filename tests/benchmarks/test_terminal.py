@@ -1,4 +1,4 @@
-"""Progress and tables, on a terminal and in a file."""
+"""Test progress and tables, on a terminal and in a file."""
 
 import io
 import sys

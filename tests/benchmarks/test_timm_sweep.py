@@ -1,4 +1,4 @@
-"""The command that sweeps over all networks."""
+"""Test the command that sweeps over all networks."""
 
 import json
 from contextlib import nullcontext
@@ -30,7 +30,7 @@ class Network(nn.Module):
 
 @pytest.fixture
 def small(monkeypatch):
-    """A row for Network, whatever architecture is examined."""
+    """Return a function that gives the row of Network, whatever architecture is examined."""
     network = Network()
     example = Example(network, (torch.randn(2, 3, 8, 8),), nullcontext, 8, fake=False)
     monkeypatch.setattr(timm_sweep, "find_example", lambda *_: example)
@@ -137,7 +137,7 @@ def test_structures_are_equal_where_networks_are():
 
 @pytest.fixture
 def inline(monkeypatch):
-    """Calls are made in this process, and networks are not compiled; the names of those asked."""
+    """Make calls in this process and compile no network; return the names of those asked for."""
     asked = []
 
     def run_apart(calls, jobs, limit, lifetime):
@@ -275,7 +275,7 @@ def test_errors_are_of_one_line(capsys, out, options, message):
 
 
 def test_summary(out, capsys):
-    """A network of the same structure as one examined counts like it; one that isn't, does not."""
+    """A network with the structure of an examined one counts like it; any other does not."""
     row = {
         "model": "a",
         "error": None,

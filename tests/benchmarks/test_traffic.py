@@ -1,4 +1,4 @@
-"""The traffic counter, and what it counts: one more write for a pruned gradient, nothing else."""
+"""Test the traffic counter and its counts: a pruned gradient is written once more, nothing else."""
 
 import json
 from pathlib import Path
@@ -44,7 +44,7 @@ class Net(nn.Module):
 
 
 def count(model, images, **options):
-    """Backward of both compilers, and the code of their backwards."""
+    """Count the backward of both compilers; return the counts with the generated code."""
     counted = {}
     for name, config in {"stock": None, "sdgp": SDGPConfig(**options)}.items():
 
@@ -66,7 +66,10 @@ def network(**kwargs):
 
 
 def test_counts_of_a_small_network_by_hand():
-    """grad of second's output = 2 * output * grad: read N x 32, output; write it, and pruned."""
+    """The gradient of second's output is 2 * output * grad.
+
+    Its kernel reads grad, N x 32, and output; it writes the gradient and the pruned gradient.
+    """
     counted = count(network(), channels_last(8, 3, 34, 34))
     (stock, _), (ours, code) = counted["stock"], counted["sdgp"]
     gradient = 8 * 32 * 32 * 32 * 2
@@ -131,7 +134,7 @@ def test_inductors_own_layout_optimisation_brings_no_copy():
 
 
 def test_the_documentation_has_these_figures():
-    """Those that are in the repository, in the order of the tables."""
+    """The documentation has the figures in the repository, in the order of the tables."""
     files = [ROOT / "benchmarks" / "results" / f"traffic{part}.json" for part in PARTS]
     counted = [row for file in files for row in json.loads(file.read_text())["rows"]]
     assert all(row.items() >= RESCALED.items() for row in counted)

@@ -1,4 +1,4 @@
-"""Training steps: what is compiled and timed, in which order, and the ratios."""
+"""Test training steps: what is compiled and timed, in which order, and the ratios."""
 
 import itertools
 import os
@@ -22,7 +22,7 @@ SETTINGS |= {"cached": False, "cpu_time": False, "seconds": 1e-9}
 
 
 def compilers(config=MAGNITUDE, mode="default", **others):
-    """Stock, sdgp as config says, and others by name."""
+    """Return stock, sdgp with config, and others by name."""
     stock = train_step.Compiler(mode, config, is_stock=True)
     configs = {"sdgp": config, **others}
     return {"stock": stock, **{n: train_step.Compiler(mode, c) for n, c in configs.items()}}
@@ -46,7 +46,7 @@ def test_both_start_alike_and_one_is_pruned():
 
 
 def test_every_compilation_starts_with_empty_caches(monkeypatch):
-    """They alternate, and the settings go through the environment, which a mode allows."""
+    """The compilers alternate; a mode allows settings only in the environment."""
     steps = []
 
     def compile_(model, backend, mode):
@@ -78,7 +78,7 @@ def test_every_compilation_starts_with_empty_caches(monkeypatch):
 
 @pytest.mark.slow
 def test_patterns_are_compiled_and_timed_in_turn(monkeypatch):
-    """Each with its own code: Dynamo would use that of an equal backend again."""
+    """Each pattern has its own code: Dynamo would reuse that of an equal backend."""
     backends = []
     compile_ = torch.compile
 
@@ -97,7 +97,10 @@ def test_patterns_are_compiled_and_timed_in_turn(monkeypatch):
 
 
 def test_ratios_are_those_of_a_round(monkeypatch):
-    """The machine gets slower in every round, and the medians' ratio is 4 / 3."""
+    """Ratios are taken within a round.
+
+    The machine gets slower in every round, and the medians' ratio is 4 / 3.
+    """
     columns = {"stock": [1, 2, 3, 4, 5], "sdgp": [2, 4, 3, 4, 5]}
     monkeypatch.setattr(timing, "sample", lambda *_: columns)
     monkeypatch.setattr(timing, "peak_memory", lambda *_: 0)

@@ -1,4 +1,4 @@
-"""Whole channels: what is timed under each name, which layers the rule chooses, and the sums."""
+"""Test whole channels: what is timed under each name, which layers the rule chooses, the sums."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from sdgp_fx.measurement.workload import Workload
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_whole_channels_computes_what_it_names(transposed, monkeypatch):
-    """On a layer with stride, padding and groups: dense, pruned, and the smaller product."""
+    """Check the dense, pruned and smaller products of a layer with stride, padding and groups."""
     made = []
 
     def sample(functions, device, seconds):

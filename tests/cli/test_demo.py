@@ -1,4 +1,4 @@
-"""`python -m sdgp_fx demo`: a short run, what it refuses, and Ctrl-C."""
+"""Test `python -m sdgp_fx demo`: a short run, what it refuses, and Ctrl-C."""
 
 import io
 import math
@@ -24,7 +24,7 @@ PRUNED = 14  # of the 15 convolutions of test_resnet at 2:4; the first has no in
 
 @pytest.fixture(autouse=True)
 def _surroundings(monkeypatch):
-    """A wide terminal, and one thread: images this small gain nothing from more."""
+    """Set a wide terminal and one thread: images this small gain nothing from more."""
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     threads = torch.get_num_threads()
@@ -35,7 +35,7 @@ def _surroundings(monkeypatch):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The results that get drawn."""
+    """Return the results that get drawn."""
     results = []
     draw = demo.draw
 
@@ -48,13 +48,13 @@ def drawn(monkeypatch):
 
 
 def row(text, first):
-    """The cells of the table row that starts with first."""
+    """Return the cells of the table row that starts with first."""
     line = next(line for line in text.splitlines() if line.startswith(f"│ {first} "))
     return [cell.strip() for cell in line.strip("│").split("│")]
 
 
 def refused(arguments, capsys):
-    """What the command line says on stderr when it refuses arguments."""
+    """Return the line on stderr when the command line refuses arguments."""
     with pytest.raises(SystemExit) as exit_:
         main([*SHORT, *arguments])
     out, err = capsys.readouterr()
@@ -91,7 +91,7 @@ def test_a_short_run_learns_and_shows_what_it_measured(tmp_path, capsys, drawn):
 
 @pytest.mark.filterwarnings("ignore:sdgp pruned nothing")
 def test_both_see_the_same_batches_and_dropout(tmp_path, monkeypatch, drawn):
-    """With n = m nothing else could tell them apart."""
+    """With n = m, only the batches or dropout could make the two differ."""
     build = demo.build_model
     dropout = torch.nn.Dropout(0.5)
     monkeypatch.setattr(
@@ -283,7 +283,7 @@ def test_images_are_normalised_and_resized():
 
 
 def shown(steps, terminal):
-    """What a training of this many steps shows."""
+    """Return the display of a training of this many steps."""
     losses = {"dense": [], "SDGP": []}
     console = Console(file=io.StringIO(), force_terminal=terminal, width=100)
     with demo.display(console, steps) as show:

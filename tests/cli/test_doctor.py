@@ -1,4 +1,4 @@
-"""`python -m sdgp_fx doctor`: what is there, and what it says of things that are missing."""
+"""Test `python -m sdgp_fx doctor`: what it finds, and what it says of missing things."""
 
 import importlib
 import importlib.metadata
@@ -16,14 +16,14 @@ from sdgp_fx.cli.main import main
 
 @pytest.fixture(autouse=True)
 def _without_code(monkeypatch):
-    """Whatever this machine can compile; and the few settings that a test makes."""
+    """Use aot_eager, whatever this machine can compile, and only the settings that a test makes."""
     for name in ("N", "M", "PRUNE", "EXCLUDE", "INCLUDE", "TARGETS", "RESCALE"):
         monkeypatch.delenv(f"SDGP_{name}", raising=False)
     monkeypatch.setenv("SDGP_INNER", "aot_eager")
 
 
 def states(out):
-    """What was found of each thing: (state, text)."""
+    """Return the finding on each thing: (state, text) by name."""
     found = re.findall(r"^(ok|MISSING) +(.*?): (.*)$", out, re.M)
     return {name: (state, text) for state, name, text in found}
 
@@ -44,7 +44,7 @@ def test_everything_is_there(capsys, monkeypatch):
 
 
 def missing(capsys):
-    """The one thing that is missing, and what is to be done."""
+    """Run doctor where something is missing; return the remedy of each missing thing."""
     with pytest.raises(SystemExit) as exit_:
         main(["doctor"])
     assert exit_.value.code == 1
@@ -58,7 +58,7 @@ def missing(capsys):
 
 @torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler")})
 def test_a_compiler_that_is_not_there(capsys, monkeypatch, tmp_path):
-    """With inductor, on the CPU: only there it is needed."""
+    """A C++ compiler is needed only with inductor, on the CPU."""
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     assert doctor.find_cpp("aot_eager").remedy == ""

@@ -1,4 +1,4 @@
-"""`python -m sdgp_fx profile`: what it measures, shows and refuses."""
+"""Test `python -m sdgp_fx profile`: what it measures, shows and refuses."""
 
 import json
 
@@ -21,7 +21,7 @@ def _on_the_cpu(monkeypatch):
 
 @pytest.fixture
 def timed(monkeypatch):
-    """No timing: every product and step runs once, and takes a millisecond."""
+    """Run every product and step once, untimed, as if each took a millisecond."""
     seen = []
 
     def measure(functions, device, seconds, calls=1):
@@ -39,7 +39,7 @@ def test_profile_measures_and_shows(timed, capsys, tmp_path, rewritten):
     assert main(["profile", "test_resnet", *TINY, "--plot", str(picture)]) == 0
     out, err = capsys.readouterr()
     assert timed[-1] == ["stock", "2:4"]
-    ((_, decisions),) = rewritten  # The step at 2:4 is pruned; no other goes through the pass.
+    ((_, decisions),) = rewritten  # Only the step at 2:4 goes through the pass.
     assert sum(decision.pruned for decision in decisions) == 14
     first = next(line for line in out.splitlines() if "conv1.0 " in line)
     assert "dense" in first
@@ -48,7 +48,7 @@ def test_profile_measures_and_shows(timed, capsys, tmp_path, rewritten):
     # 15 layers of 3 ms less the first one's input gradient; 14 of 44 ms can be halved.
     assert "31.8%" in out
     assert "84.1%" in out
-    # Here a step takes as long as one product.
+    # A step takes as long as one product here.
     assert "All else in a stock step: -43.00 ms" in out
     assert err.count("\n") == len(timed) - 1 + 2
     pixels = imread(picture)[..., :3]

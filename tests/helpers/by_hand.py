@@ -1,7 +1,7 @@
-"""n:m pruning by hand: in plain Python, one group at a time.
+"""Prune n:m by hand: in plain Python, one group at a time.
 
-Transcribed from McDanel et al. 2022 and Chmiel et al. 2023. The reference is held against it, so it
-shares nothing with sdgp_fx.
+Transcribed from McDanel et al. 2022 and Chmiel et al. 2023. The reference is compared with it, so
+it shares nothing with sdgp_fx.
 """
 
 import functools
@@ -13,7 +13,7 @@ import torch
 
 
 def groups(tensor, m):
-    """Return (number of groups, m), a row for every group: by samples, positions and channels."""
+    """Return (number of groups, m): a row for every group, by sample, position and channel."""
     return tensor.movedim(1, -1).reshape(-1, m)
 
 
@@ -24,7 +24,7 @@ def ungrouped(rows, like):
 
 
 def rounding(dtype):
-    """Return a function that rounds a float to the type that this dtype's sums are in."""
+    """Return a function that rounds a float to the type in which this dtype is summed."""
 
     def to_float32(value):
         with np.errstate(over="ignore"):
@@ -37,7 +37,7 @@ def rounding(dtype):
 
 
 def kept(sizes, n):
-    """Return the positions of the n largest, NaN above infinity; of equal ones the lower."""
+    """Return the positions of the n largest; NaN ranks above infinity, ties go to the lower."""
 
     def rank(i):
         return (0, 0, i) if math.isnan(sizes[i]) else (1, -sizes[i], i)
@@ -71,7 +71,7 @@ def philox(seed, index, block):
 
 
 def random(row, n, seed, index):
-    """Keep the n positions with the largest words; 26 bits of a word count."""
+    """Keep the n positions with the largest words, of which 26 bits count."""
     words = [word >> 6 for block in range(len(row)) for word in philox(seed, index, block)]
     return only(kept(words[: len(row)], n), row)
 
@@ -86,7 +86,7 @@ def factor(total, kept_total, rounded):
 
 
 def rescaled_group(row, n, rounded):
-    """Rescale in scope "group": sums from the lowest channel up, every operation rounded."""
+    """Rescale in scope "group": sum from the lowest channel up, and round every operation."""
 
     def total(values):
         return functools.reduce(lambda a, b: rounded(a + b), map(abs, values))
@@ -97,7 +97,7 @@ def rescaled_group(row, n, rounded):
 
 
 def rescaled_scope(gradient, chosen, rescale, rounded):
-    """Multiply chosen by the factor of each channel, or of each of a sample's; in float64."""
+    """Multiply chosen, in float64, by the factor of each channel, or each channel of a sample."""
     result = chosen.double().clone()
     samples = range(len(gradient)) if rescale == "feature_map" else [slice(None)]
     for sample in samples:
@@ -116,7 +116,7 @@ def rescaled_scope(gradient, chosen, rescale, rounded):
 def probabilities(sizes, n):
     """Solve pi_i = min(1, c size_i), sum pi = n, exactly.
 
-    Where at most n sizes are not 0, pi is 1 for these.
+    If at most n sizes are not 0, their pi is 1.
     """
     sizes = [Fraction(size) for size in sizes]
     positive = sorted((size for size in sizes if size), reverse=True)
@@ -130,9 +130,12 @@ def probabilities(sizes, n):
 
 
 def mvue(row, n, uniform):
-    """Keep n by systematic sampling with one uniform number, 0 <= uniform < 1; kept g is g / pi.
+    """Keep n by systematic sampling with one uniform number, 0 <= uniform < 1.
 
-    Returns the row, and how far the number is from one that keeps others.
+    A kept value g becomes g / pi.
+
+    Returns:
+        The row, and how far the number is from one that keeps others.
     """
     pi = probabilities([abs(g) for g in row], n)
     result, prefix, uniform = [], Fraction(0), Fraction(uniform)

@@ -1,7 +1,8 @@
 """Compile fused kernels that Inductor generates for a GPU that need not be there; print JSON.
 
-python -m tests.helpers.compile_fused, without TRITON_INTERPRET: the layer is one of ResNet-18's at
-batch 256, as is what produces its gradient: the backward of batch normalisation and ReLU.
+Run `python -m tests.helpers.compile_fused` without TRITON_INTERPRET. The layer is one of
+ResNet-18's at batch 256, and so is the producer of its gradient: the backward of batch
+normalisation and ReLU.
 """
 
 import json
@@ -20,7 +21,7 @@ import sdgp_fx
 from .compile_kernels import describe
 from .generated import generate, kernels
 
-# (XBLOCK, warps) of the largest tile that Inductor tries, with contiguous reads alone and else.
+# (XBLOCK, warps) of the largest tile that Inductor tries, with only contiguous reads and otherwise.
 TILES = [(128, 2), (128, 4)]
 
 

@@ -1,8 +1,8 @@
-"""Compile the Triton kernels for a GPU that need not be there; print what came out as JSON.
+"""Compile the Triton kernels for a GPU that need not be there; print the results as JSON.
 
-python -m tests.helpers.compile_kernels, without TRITON_INTERPRET: one object for each kernel, with
-the bytes of its global accesses in the PTX, and its local memory and registers from the machine
-code.
+Run `python -m tests.helpers.compile_kernels` without TRITON_INTERPRET. It prints one object for
+each kernel, with the bytes of its global accesses in the PTX, and its local memory and registers
+from the machine code.
 """
 
 import json
@@ -23,9 +23,10 @@ CHANNELS = 256
 def compile_kernel(kernel, arguments, constants, capability, sizes="multiples"):
     """Compile as Triton does for a call with such arguments.
 
-    arguments: name -> Triton type.
-    sizes: "multiples" of 16, which pointers are too; "odd" ones; "wide", of 64 bits; or
-        "position", odd ones with the spatial size 1, which Triton makes a constant.
+    Args:
+        arguments: Triton types by name.
+        sizes: "multiples" of 16, which pointers are too; "odd" ones; "wide", of 64 bits; or
+            "position", odd ones with the spatial size 1, which Triton makes a constant.
     """
     if sizes == "wide":
         arguments = {k: "i64" if kind == "i32" else kind for k, kind in arguments.items()}
@@ -74,7 +75,7 @@ def scope_kernel(kernel, dtype, n, m, channels_last, capability, **kwargs):
 
 
 class Driver:
-    """Answer for a GPU that isn't there what Triton asks before it compiles for a launch."""
+    """Answer what Triton asks before it compiles for a launch, for a GPU that isn't there."""
 
     def get_current_target(self):
         return GPUTarget("cuda", 90, 32)
@@ -87,7 +88,7 @@ class Driver:
 
 
 def launched_kernels():
-    """Compile every kernel that the launchers launch, for their very arguments; run none."""
+    """Compile every kernel that the launchers launch, with the same arguments, and run none."""
     triton.runtime.driver._active = triton.runtime.driver._default = Driver()
     compiled = {}
     label = None
@@ -170,7 +171,7 @@ def main():
                 kernels[f"{layout} {sizes} {name}"] = scope_kernel(
                     kernel, "bf16", 2, 4, channels_last, 90, sizes=sizes
                 )
-    # The most registers of all: 32 planes of float32, their keys and two sums for each.
+    # The case with the most registers: 32 planes of float32, their keys and two sums for each.
     kernels["sm_90 nchw fp32 16:32 feature_map"] = scope_kernel(
         triton_prune._feature_map_kernel, "fp32", 16, 32, False, 90
     )

@@ -1,4 +1,4 @@
-"""SDGP in eager mode, without the pass: compiled networks are held against it in the tests."""
+"""Run SDGP in eager mode, without the pass, to compare compiled networks with it."""
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ CONVOLUTIONS = {
 
 
 class Pruned(torch.autograd.Function):
-    """A layer whose input gradient comes from the pruned gradient, all else from the dense one."""
+    """Compute the input gradient from the pruned gradient, and all else from the dense one."""
 
     @staticmethod
     def forward(ctx, layer, prune, x, weight, bias):
@@ -41,11 +41,12 @@ class Pruned(torch.autograd.Function):
 
 
 class EagerSDGP(TorchFunctionMode):
-    """In a forward pass, every convolution, linear layer or both becomes a Pruned one.
+    """Replace every convolution, linear layer or both by a Pruned one in a forward pass.
 
-    only: the weights of those, if not of all.
-    pruning: n, m, prune and rescale. The functions that draw numbers draw for one layer after
-    the other in the order of the backward.
+    Args:
+        only: The weights of the layers to replace; None for all.
+        pruning: n, m, prune and rescale. The functions that draw numbers draw for one layer after
+            the other in the order of the backward.
     """
 
     def __init__(self, targets, only=None, **pruning):

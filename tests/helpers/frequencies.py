@@ -1,9 +1,9 @@
-"""Frequencies of random events, held against their probabilities.
+"""Compare frequencies of random events with their probabilities.
 
-Seeds are fixed, so that nothing here fails now and then. With a seed drawn anew, a right
-implementation would fail with a probability below FALSE_ALARMS: every mean of N independent draws
-is compared with its expectation up to what Chernoff's bound allows (for 0 or 1) or Hoeffding's
-(between two limits), and the rate is divided by the number of comparisons.
+Seeds are fixed, so that nothing here fails now and then. With new seeds, a correct implementation
+would fail with a probability below FALSE_ALARMS: every mean of N independent draws is compared
+with its expectation within Chernoff's bound (for 0 or 1) or Hoeffding's (between two limits), and
+the rate is divided by the number of comparisons.
 """
 
 import math
@@ -13,7 +13,7 @@ import torch
 from . import by_hand
 
 FALSE_ALARMS = 1e-6
-COMPARISONS = 5000  # more than there are of one implementation
+COMPARISONS = 5000  # more than are made of one implementation
 THRESHOLD = math.log(2 * COMPARISONS / FALSE_ALARMS)
 DRAWS = 10_000
 
@@ -21,7 +21,7 @@ PATTERNS = [(1, 2), (2, 4), (3, 8), (16, 32)]
 
 
 def gradients(m):
-    """Return groups of m, by what is in them."""
+    """Return groups of m values, by name of their contents."""
     normal = torch.randn(m, generator=torch.Generator().manual_seed(m)).tolist()
     zeros = [g if i % 3 else 0.0 for i, g in enumerate(normal)]
     signs = [(-1.0) ** i for i in range(m)]
@@ -42,7 +42,7 @@ CASES = [(n, m, kind) for n, m in PATTERNS for kind in gradients(2)]
 def probabilities(row, n, prune):
     """Return each value's probability of being kept."""
     if prune == "random":
-        return [n / len(row) if g else 0.0 for g in row]  # A zero isn't seen to be kept.
+        return [n / len(row) if g else 0.0 for g in row]  # A zero that is kept can't be seen.
     return [float(p) for p in by_hand.probabilities([abs(g) for g in row], n)]
 
 
@@ -59,7 +59,8 @@ def divergence(q, p):
 def assert_frequencies(happened, probabilities):
     """Compare frequencies with probabilities.
 
-    happened: for each trial, a row of events.
+    Args:
+        happened: A row of events for each trial.
     """
     trials = len(happened)
     frequencies = happened.double().mean(0).flatten().tolist()

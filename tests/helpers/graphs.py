@@ -67,8 +67,10 @@ def run(gm, inputs):
 def gradients(gm, position=0):
     """Return the nodes of a convolution's input, weight and bias gradients; None if none.
 
-    position: which of the graph's convolutions.
-    A convolution is told from another by its input.
+    Convolutions are told apart by their inputs.
+
+    Args:
+        position: The index of the convolution in the graph.
     """
     outputs = {}
     for node in gm.graph.find_nodes(op="call_function", target=CONVOLUTION_BACKWARD):

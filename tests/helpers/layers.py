@@ -1,4 +1,4 @@
-"""Layers of every kind and their joint graphs, for the tests of the pass."""
+"""Make layers of every kind and their joint graphs, for the tests of the pass."""
 
 import copy
 import operator
@@ -38,7 +38,7 @@ def convolution_graph(name, dtype=torch.float32, **kwargs):
 
 
 def convolution_on(device, dtype, grad_output, inputs):
-    """The graph of a 1x1 convolution's gradients on any device, and the nodes of these."""
+    """Return the graph of a 1x1 convolution's gradients on any device, and the gradients' nodes."""
     graph = fx.Graph()
     batch, outputs, *positions = grad_output
     shapes = {
@@ -80,7 +80,7 @@ class Frozen(nn.Linear):
 
 
 class Batched(nn.Linear):
-    """The rows of its input are no view of it, and its weight has no gradient."""
+    """Linear layer without a weight gradient; the rows of its input are no view of it."""
 
     def __init__(self):
         super().__init__(8, 16, bias=False)
@@ -110,13 +110,13 @@ def linear_graph(name, dtype=torch.float32):
 
 
 def linear_products(gm):
-    """The products of the backward: [input gradient, weight gradient] in any order."""
+    """Return the products of the backward: [input gradient, weight gradient] in any order."""
     nodes = [node for node in gm.graph.nodes if node.target in PRODUCTS]
     return [node for node in nodes if "source_fn_stack" not in node.meta]
 
 
 class Block(nn.Module):
-    """Convolutions for every reason to stay dense, between two that are pruned."""
+    """Convolutions with every reason to stay dense, between two that are pruned."""
 
     def __init__(self):
         super().__init__()

@@ -23,7 +23,8 @@ def settings(draw, largest_m=32):
 def values(shape, dtype, kind, seed):
     """Return random numbers.
 
-    kind: "normal"; "ties", zeros among them; "special", numbers at the ends of the dtype too.
+    Args:
+        kind: "normal"; "ties", zeros among them; "special", with numbers at the ends of the dtype.
     """
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(shape, generator=generator)
@@ -73,9 +74,10 @@ def gradients(draw, m):
 
 
 class Network(nn.Module):
-    """Convolutions and linear layers, which go over the channels, one after the other.
+    """Apply convolutions and linear layers, which go over the channels, one after the other.
 
-    residual: for each layer, whether its input is added to its output if they are alike.
+    Args:
+        residual: For each layer, whether its input is added to its output if they are alike.
     """
 
     def __init__(self, layers, functions, residual):
@@ -135,7 +137,8 @@ def convolutions(draw, channels, sizes, m):
 def networks(draw, m, exact=False):
     """Draw a network of two to five layers, and an input.
 
-    exact: two or three layers, and small integers in float32, whose sums have no rounding.
+    Args:
+        exact: Draw two or three layers, and small integers in float32, whose sums need no rounding.
     """
     dims = draw(st.integers(1, 3))
     shape = (draw(st.integers(1, 3)), draw(st.sampled_from([1, 3, m])))

@@ -1,6 +1,7 @@
-"""`torchrun -m tests.helpers.train_distributed SETUP FOLDER`: some steps on two processes, by gloo.
+"""Train some steps on two processes, with gloo.
 
-Each process takes its part of every batch. Process 0 leaves in FOLDER what it has seen.
+Run `torchrun -m tests.helpers.train_distributed SETUP FOLDER`. Each process takes its part of
+every batch. Process 0 leaves in FOLDER what it has seen.
 """
 
 import sys
@@ -21,7 +22,10 @@ OPTIONS = {"sdgp.inner": "aot_eager", "sdgp.targets": "conv,linear"}
 
 
 class Body(nn.Module):
-    """No nn.Sequential: Dynamo runs torch's own modules eagerly where they have FSDP's hooks."""
+    """Two convolutions outside of nn.Sequential.
+
+    Dynamo runs torch's own modules eagerly where they have FSDP's hooks.
+    """
 
     def __init__(self):
         super().__init__()
@@ -43,7 +47,7 @@ class Classifier(nn.Module):
 
 
 class Network(nn.Module):
-    """Without BatchNorm, whose statistics are those of a process's part of the batch."""
+    """Network without BatchNorm, whose statistics would cover a process's part of the batch."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The fused kernels of a ResNet-18 layer, compiled for sm_90 on any machine."""
+"""Test the fused kernels of a ResNet-18 layer, compiled for sm_90 on any machine."""
 
 import pytest
 
@@ -9,7 +9,7 @@ pytest.importorskip("triton", reason="needs Triton")
 
 @pytest.fixture(scope="module")
 def kernels():
-    """Compiled in a process of its own: in this one Triton may be interpreting."""
+    """Compile in a process of its own, because Triton may be interpreting in this one."""
     return compiled_apart("compile_fused")
 
 

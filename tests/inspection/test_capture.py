@@ -1,4 +1,4 @@
-"""The joint graphs that capture, the log and a trace get."""
+"""Test the joint graphs that capture, the log and a trace get."""
 
 import json
 import logging
@@ -53,7 +53,7 @@ def test_before_and_after_of_a_graph():
 
 
 def test_both_graphs_run():
-    """They are whole, and differ as a pruned gradient from a dense one."""
+    """Both graphs are complete, and differ as a pruned gradient does from a dense one."""
     with sdgp_fx.capture() as captured:
         step(model())
     (graph,) = captured
@@ -137,8 +137,10 @@ def test_an_error_ends_the_capture():
 
 
 def test_caches(monkeypatch):
-    """AOTAutograd's hides the pass, and capture goes around it; Inductor's stays in use. Their keys
-    are the same inside and outside."""
+    """AOTAutograd's cache hides the pass, so capture bypasses it; Inductor's stays in use.
+
+    The cache keys are the same inside and outside.
+    """
     options = {"sdgp.inner": "inductor"}
 
     def use(context):

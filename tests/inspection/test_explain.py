@@ -1,4 +1,4 @@
-"""The report of explain: what is counted, what it leaves alone, and how it is shown."""
+"""Test the report of explain: what it counts, what it leaves alone, and how it is shown."""
 
 import dataclasses
 import html
@@ -33,7 +33,7 @@ BOTH = {"sdgp.targets": "conv,linear"}
 
 
 def counted(layer, x):
-    """Forward, input gradient and weight gradient of a layer, by torch's own counter."""
+    """Count forward, input gradient and weight gradient of a layer with torch's own counter."""
     counts = []
     for input_trains, weight_trains in ((False, False), (True, False), (False, True)):
         x = x.detach().requires_grad_(input_trains)
@@ -72,7 +72,7 @@ class Many(nn.Module):
 
 
 def explained(layers, shapes, **options):
-    """The rows of layers, one beside the other."""
+    """Explain layers side by side, and return their rows."""
     inputs = [torch.randn(shape, requires_grad=True) for shape in shapes]
     options = {f"sdgp.{name}": value for name, value in options.items()}
     rows = {row.module: row for row in explain(Many(layers), *inputs, options={**BOTH, **options})}
@@ -91,7 +91,7 @@ def test_multiply_adds_are_those_that_torch_counts():
 
 
 def test_groups_are_so_many_small_layers():
-    """torch's counter takes the weight gradient of a convolution in groups for a whole one."""
+    """torch's counter takes the weight gradient of a grouped convolution for an ungrouped one."""
     shape = (2, 12, 7, 7)
     kinds = (nn.Conv2d, nn.ConvTranspose2d)
     rows = explained([kind(12, 16, 3, stride=2, groups=4) for kind in kinds], [shape] * 2, n=1)
@@ -121,11 +121,11 @@ def test_only_gradients_that_are_computed_count():
     assert dataclasses.astuple(rows.multiply_adds) == (1560, 1320, 280, 640)
 
 
-# What the backend doesn't get
+# Layers the backend doesn't get
 
 
 class Broken(nn.Module):
-    """Parts of it run in graphs, in eager mode, without a gradient, and not at all."""
+    """Model whose parts run in graphs, in eager mode, without a gradient, or not at all."""
 
     def __init__(self):
         super().__init__()
@@ -155,7 +155,7 @@ def test_layers_that_the_backend_does_not_get_are_listed_as_such():
     reasons = {row.module: row.reason for row in rows}
     assert reasons == {
         "stem": "no input gradient",
-        "0": "",  # A module in a variable: the backend's name for it.
+        "0": "",  # The module is in a variable: "0" is the backend's name for it.
         "eager": NOT_COMPILED,
         "scaled": NOT_COMPILED,
         "eager_head": NOT_COMPILED,
@@ -204,7 +204,7 @@ def test_a_model_that_asks_for_values_gets_one():
 
 @pytest.mark.parametrize("is_captured", [False, True])
 def test_sizes_that_depend_on_data(is_captured):
-    """In the graph they are symbols; outside, nothing tells how to go on."""
+    """Such sizes are symbols in the graph; outside of it, explain can't tell how to go on."""
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=is_captured):
         rows = explain(Selecting(), torch.randn(2, 3, 4, 4))
     by_name = {row.module: row for row in rows}
@@ -246,11 +246,11 @@ def test_a_module_with_two_names_and_a_compiled_part_are_there_once():
     assert [row.module for row in explain(compiled, x_of(4))] == ["0"]
 
 
-# What stays as it was
+# State that stays unchanged
 
 
 class Halves(nn.Module):
-    """With a graph break, so that Dynamo compiles the code of its forward."""
+    """Model with a graph break, so that Dynamo compiles the code of its forward."""
 
     def __init__(self):
         super().__init__()
@@ -263,7 +263,7 @@ class Halves(nn.Module):
 
 
 class Drawing(nn.Module):
-    """With random numbers of all kinds."""
+    """Model with random numbers of all kinds."""
 
     def __init__(self):
         super().__init__()
@@ -289,7 +289,7 @@ def entries(model):
 
 def test_nothing_of_the_model_or_of_random_states_or_counters_changes():
     model, x = Drawing(), x_of(3).requires_grad_()
-    torch.compile(nn.ReLU(), backend="eager")(x)  # So that there are counts to keep.
+    torch.compile(nn.ReLU(), backend="eager")(x)  # Makes counters that must be kept.
     before = states()
     kept = {name: value.clone() for name, value in model.state_dict().items()}
     explain(model, x)
@@ -300,7 +300,10 @@ def test_nothing_of_the_model_or_of_random_states_or_counters_changes():
 
 
 def test_later_compilations_are_as_if_there_had_been_no_explaining():
-    """Past a number of entries Dynamo compiles no more, and it makes sizes that change dynamic."""
+    """explain leaves no entries behind.
+
+    Past a number of entries Dynamo compiles no more, and it makes sizes that change dynamic.
+    """
     model = Halves()
     with torch._dynamo.config.patch(recompile_limit=2):
         for batch in range(2, 5):
@@ -344,7 +347,7 @@ def test_a_model_larger_than_the_memory_used():
     assert grown < size / 10
 
 
-# How it is shown
+# Display
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""sdgp_fx.monitor: statistics against their definition, and a model that doesn't notice."""
+"""Test sdgp_fx.monitor: statistics against their definition, and a model that doesn't notice."""
 
 import math
 
@@ -17,12 +17,12 @@ from ..helpers.graphs import joint_graph
 
 EAGER = {"sdgp.inner": "aot_eager"}
 
-# Sums in float32 of at most 2000 terms, against float64.
+# For sums in float32 of at most 2000 terms, compared with float64.
 TOLERANCE = {"rel": 1e-5}
 
 
 class Net(nn.Module):
-    """With a layer that is called twice, and randomness of its own."""
+    """Network with a layer that is called twice, and with randomness of its own."""
 
     def __init__(self):
         super().__init__()
@@ -56,12 +56,12 @@ def train(network, model, steps, x=images):
         optimizer.zero_grad()
 
 
-# What is recorded
+# Recorded statistics
 
 
 @pytest.fixture
 def pruned(monkeypatch):
-    """Every (dense, pruned, prune) that the operator's kernel saw."""
+    """Record every (dense, pruned) pair that the operator's kernel saw."""
     seen = []
     prune_nm = reference.prune_nm
 
@@ -75,7 +75,7 @@ def pruned(monkeypatch):
 
 
 def defined(pairs):
-    """The statistics of the gradients of a layer, from their definition."""
+    """Compute the statistics of a layer's gradients from their definition."""
     g, p = (torch.cat([t.flatten().double() for t in side]) for side in zip(*pairs, strict=True))
     return {
         "l1_kept": (g.abs()[p != 0].sum() / g.abs().sum()).item(),
@@ -101,7 +101,7 @@ def test_statistics_are_those_of_the_definition(model, pruned, options, dtype):
     monitor = sdgp_fx.monitor(model, options={**keys, **EAGER})
     train(monitor, model, 1, lambda number: images(number).to(dtype))
     if options.get("rescale") == "channel":
-        # Where the weight has the factors, the operator is told to keep the magnitudes alone.
+        # The weight has the factors here; the operator is told to prune by magnitude alone.
         config = SDGPConfig(**options)
         for i, (dense, kept) in enumerate(pruned):
             factor = reference.channel_factor(dense, config.n, config.m)
@@ -110,7 +110,7 @@ def test_statistics_are_those_of_the_definition(model, pruned, options, dtype):
     expected = dict(zip([*layers, "last", "twice"], [[pair] for pair in pruned], strict=False))
     expected["twice"] = pruned[-2:]
     record = monitor.to_dict()
-    # The second of the two calls of m = 8 has 4 channels a group.
+    # With m = 8, the layer that is called twice has only 4 channels per group.
     if options.get("m") == 8:
         del expected["twice"]
     assert list(record) == list(reversed(expected))
@@ -141,7 +141,7 @@ def test_a_gradient_of_zeros_is_no_error(model):
     assert all(math.isnan(value) for value in monitor.to_dict()["last"]["bias"])
 
 
-# When it is recorded
+# Times of recording
 
 
 def test_every_so_many_calls_with_gradients(model):
@@ -152,7 +152,7 @@ def test_every_so_many_calls_with_gradients(model):
             monitor(images())
     train(monitor, model, 3)
     assert {tuple(record["step"]) for record in monitor.to_dict().values()} == {(0, 3, 6)}
-    monitor.step = 999  # As after a checkpoint.
+    monitor.step = 999  # As after loading a checkpoint.
     train(monitor, model, 1)
     assert monitor.to_dict()["last"]["step"] == [0, 3, 6]
     train(monitor, model, 1)
@@ -191,7 +191,7 @@ def test_monitors_of_two_models_are_apart_and_may_go():
     outputs[0].square().mean().backward()
 
 
-# What the model notices of it
+# Effects on the model
 
 
 @pytest.mark.parametrize("prune", ["mvue", "rescaled_magnitude"])
@@ -252,7 +252,7 @@ def test_nothing_pruned_nothing_recorded(model):
     assert str(graph) == before
 
 
-# What becomes of the record
+# Uses of the record
 
 
 class Writer(list):

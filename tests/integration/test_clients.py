@@ -1,6 +1,7 @@
-"""Trainers that people use, unmodified. They name the backend; the environment has the settings.
+"""Test trainers that people use, unmodified: they name the backend, the environment the settings.
 
-`SDGP_INNER=inductor python -m pytest tests/integration/test_clients.py` has Inductor inside.
+`SDGP_INNER=inductor python -m pytest tests/integration/test_clients.py` runs them with Inductor
+inside.
 """
 
 import csv
@@ -39,7 +40,7 @@ def _environment(monkeypatch):
 
 @pytest.fixture(scope="module")
 def image_folder(tmp_path_factory):
-    """Two batches of images to train on and one to validate with, in folders by class."""
+    """Write two batches of images to train on and one to validate with, in folders by class."""
     from PIL import Image
 
     root, random = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
@@ -70,7 +71,7 @@ def layers(model):
 
 
 def reasons(model):
-    """Why each layer of model stays dense, by its name in named_modules(); "" if it doesn't."""
+    """Return why each layer stays dense, by its name in named_modules(); "" if it doesn't."""
     found = {}
     for name, layer in layers(model).items():
         if not found:
@@ -118,7 +119,7 @@ def test_timms_script(image_folder, tmp_path):
 
 
 def test_what_timms_script_calls(image_folder, rewritten):
-    """Its data, its task and its way of compiling it, from timm's library."""
+    """Train with the data, the task and the way of compiling it from timm's library."""
     from timm.optim import create_optimizer_v2
 
     task = pytest.importorskip("timm.task", reason="needs a timm with tasks")
@@ -207,7 +208,7 @@ def test_lightning(images, rewritten, tmp_path):
 
 @pytest.fixture
 def accelerate():
-    """The package, with none of the state that all its users in a process share."""
+    """Return the package, with none of the state that all its users in a process share."""
     accelerate = pytest.importorskip("accelerate", reason="needs accelerate")
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     yield accelerate

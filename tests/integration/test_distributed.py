@@ -1,4 +1,4 @@
-"""Two processes against one that has the whole batch. Which values are kept depends on no scale."""
+"""Test two processes against one with the whole batch; no scale affects which values are kept."""
 
 import os
 import subprocess
@@ -32,11 +32,11 @@ def test_two_processes_train_as_one(setup, tmp_path):
 
     model = train_distributed.make()
     losses = train_distributed.train(model, train_distributed.compiled(model))
-    # The order in which the batch is summed differs.
+    # The batch is summed in another order.
     torch.testing.assert_close(seen["losses"], losses, rtol=1e-5, atol=1e-6)
     expected = {name: parameter.detach() for name, parameter in model.named_parameters()}
     torch.testing.assert_close(seen["state"], expected, rtol=1e-4, atol=1e-5)
-    if "fsdp" in setup:  # Its hooks make graphs of the parts.
+    if "fsdp" in setup:  # FSDP's hooks make graphs of the parts.
         assert seen["pruned"] == ["first", "head", "hidden", "second"]
     else:
         assert seen["pruned"] == PRUNED

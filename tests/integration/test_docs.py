@@ -1,4 +1,4 @@
-"""Every page of the documentation: its snippets run, its commands parse, its links lead somewhere.
+"""Test every page of the documentation: snippets run, commands parse, links lead somewhere.
 
 Blocks of a page share a namespace and run in order, in an empty folder:
 
@@ -44,7 +44,7 @@ def parse(text):
 
 
 def blocks(text):
-    """The fenced blocks of a page, as (language, content, line of the first line of content)."""
+    """Return the fenced blocks of a page: (language, content, number of its first line)."""
     fences = [token for token in parse(text) if token.type == "fence"]
     return [(token.info.split(" ")[0], token.content, token.map[0] + 1) for token in fences]
 
@@ -77,11 +77,11 @@ def run_doctest(content, namespace, name, line):
 
 
 class Parsed(BaseException):
-    """Ends a command once its arguments are parsed."""
+    """Raised to end a command once its arguments are parsed."""
 
 
 def commands(text):
-    """Module and arguments of every command of the package and of the benchmarks in sh blocks."""
+    """Yield module and arguments of every command of the package and benchmarks in sh blocks."""
     for language, content, _ in blocks(text):
         for line in content.replace("\\\n", " ").splitlines() if language == "sh" else ():
             lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
@@ -110,7 +110,7 @@ def parse_command(module, arguments, monkeypatch):
 
 
 def links(text):
-    """Where the links and pictures of a page lead, without those to other sites."""
+    """Yield the targets of the links and pictures of a page, without those on other sites."""
     for token in parse(text):
         for part in (token, *(token.children or ())):
             if part.type in ("html_block", "html_inline"):
@@ -121,7 +121,7 @@ def links(text):
 
 
 def anchors(text):
-    """The fragments by which GitHub knows the headings of a page."""
+    """Return the fragments by which GitHub knows the headings of a page."""
     tokens = parse(text)
     titles = [
         "".join(part.content for part in content.children)
@@ -132,7 +132,7 @@ def anchors(text):
 
 
 def broken_links(page):
-    """The links of a page that lead nowhere."""
+    """Return the links of a page that lead nowhere."""
     return [target for target in links(page.read_text()) if not leads_somewhere(page, target)]
 
 
@@ -146,9 +146,9 @@ def leads_somewhere(page, target):
 
 @pytest.fixture
 def _empty_folder(tmp_path, monkeypatch):
-    """Where the snippets run; with aot_eager by default, which needs no compiler of C++.
+    """Run the snippets in an empty folder, by default with aot_eager, which needs no C++ compiler.
 
-    Not by the environment, which error messages have in them.
+    The environment doesn't set this default, because error messages show the environment.
     """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sdgp_fx.SDGPConfig.__init__.__kwdefaults__, "inner", "aot_eager")
@@ -187,7 +187,7 @@ def test_links_lead_somewhere(page):
 
 
 def test_pictures_are_drawn_by_the_script(tmp_path):
-    """All are there; not that they look as they did."""
+    """All pictures of the folder are drawn; how they look is not compared."""
     folder = ROOT / "docs" / "pictures"
     runpy.run_path(str(folder / "draw.py"))["main"](tmp_path)
     drawn = {path.name for path in tmp_path.iterdir()}

@@ -1,4 +1,4 @@
-"""Compiled gradients in float64 against finite differences (torch.autograd.gradcheck)."""
+"""Test compiled gradients in float64 against finite differences (torch.autograd.gradcheck)."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ NETWORKS = {
 
 
 def is_derivative(name, n, m):
-    """Of the gradient of the input, and of those of the last layer's parameters.
+    """Return whether the gradients of the input and of the last layer's parameters are derivatives.
 
     gradcheck changes what it is given in place, and so the network.
     """

@@ -1,4 +1,4 @@
-"""Whole timm networks through torch.compile(model, backend="sdgp")."""
+"""Test whole timm networks with torch.compile(model, backend="sdgp")."""
 
 import dataclasses
 
@@ -31,7 +31,7 @@ def make(name):
 
 
 def step(model, forward):
-    """The gradients of one training step by parameter name."""
+    """Return the gradients of one training step by parameter name."""
     model.zero_grad()
     torch.manual_seed(1)
     F.cross_entropy(forward(torch.randn(SHAPE)), torch.tensor([3, 7])).backward()
@@ -44,7 +44,7 @@ def convolutions(model):
 
 @pytest.fixture
 def decisions(monkeypatch):
-    """What the pass decided in real compilations, by module name."""
+    """Return the pass's decisions in real compilations, by module name."""
     seen = {}
     monkeypatch.setattr(
         graph_pass, "_report", lambda graph, made: seen.update({d.module: d for d in made})
@@ -110,7 +110,7 @@ def test_last_convolutions_weight_gradient_is_bit_identical_to_the_dense_one(nam
 
 
 def last_convolution(model):
-    """The one whose backward is first: that of the last call in the forward."""
+    """Return the convolution that the forward calls last, whose backward is first."""
     order = []
     hooks = [
         layer.register_forward_hook(lambda *_, name=name: order.append(name))
@@ -126,8 +126,11 @@ def last_convolution(model):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_all_gradients_are_those_of_the_definition(name):
-    """Against SDGP in eager mode: a pruned weight branch, a pruned first layer or a layer left
-    out changes gradients by tens of percent."""
+    """Gradients are those of SDGP in eager mode.
+
+    A pruned weight branch, a pruned first layer or a layer left out changes gradients by tens of
+    percent.
+    """
     model = make(name)
     state = {key: value.clone() for key, value in model.state_dict().items()}
     expected = step(model, eager_sdgp(model))
@@ -140,7 +143,7 @@ def test_all_gradients_are_those_of_the_definition(name):
 
 
 class PooledThenNormalized(nn.Module):
-    """As ConvNeXt ends. channels_last, its pooling's backward writes over zeros."""
+    """Model that ends as ConvNeXt; in channels_last, its pooling's backward writes over zeros."""
 
     def __init__(self):
         super().__init__()
@@ -156,7 +159,7 @@ class PooledThenNormalized(nn.Module):
 
 
 def test_what_is_overwritten_is_written_before():
-    """torch 2.11 alone fails without `keep_ordering_dependencies`."""
+    """Only torch 2.11 fails here without `keep_ordering_dependencies`."""
     results = []
     for inner in INNER_COMPILERS:
         model = PooledThenNormalized().to(memory_format=torch.channels_last)
@@ -171,8 +174,10 @@ def test_what_is_overwritten_is_written_before():
 
 @pytest.mark.parametrize("name", ["resnet18", "convnext_atto"])
 def test_inductor(name):
-    """The last convolution within rounding of the dense graph; all others as defined, but for
-    the few groups in which rounding changes which of two nearly equal values is kept."""
+    """The last convolution is within rounding of the dense graph; all others are as defined.
+
+    Except for the few groups in which rounding changes which of two nearly equal values is kept.
+    """
     model = make(name)
     state = {key: value.clone() for key, value in model.state_dict().items()}
     result = step(model, torch.compile(model, backend="sdgp"))
@@ -184,11 +189,11 @@ def test_inductor(name):
     for key in (f"{last}.weight", f"{last}.bias"):
         if key in dense:
             torch.testing.assert_close(result[key], dense[key], rtol=1e-3, atol=1e-5)
-            # With layer scale they are of 1e-6.
+            # With layer scale these gradients are about 1e-6.
             assert (result[key] - dense[key]).norm() < 1e-3 * dense[key].norm()
     for key, grad in expected.items():
         error = (result[key] - grad).norm() / grad.norm().clamp(min=1e-6)
         assert error < 2e-2, (key, error)
     first = f"{next(iter(convolutions(model)))}.weight"
     pruning = (expected[first] - dense[first]).norm() / dense[first].norm()
-    assert pruning > 0.2  # Ten times what is let through above.
+    assert pruning > 0.2  # Ten times the error allowed above.

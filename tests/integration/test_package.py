@@ -1,4 +1,4 @@
-"""What users and maintainers rely on besides the numbers: imports, names, README, CI."""
+"""Test what users and maintainers rely on besides the numbers: imports, names, README, CI."""
 
 import ast
 import dataclasses
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "sdgp_fx"
 README = (ROOT / "README.md").read_text()
 
-# What each part may import of the others, so that imports run one way:
+# The other parts that each part may import, so that imports run one way:
 # cli -> {inspection, measurement} -> backend -> {graph_pass -> passes, inductor} -> kernels,
 # and config may be imported by all. Command lines, the benchmarks' too, share `arguments`.
 PASSES = {"config", "kernels"}
@@ -42,7 +42,7 @@ MAY_IMPORT = {
 
 
 def relative_imports(path):
-    """The modules of this package that a file imports, without the package's name."""
+    """Yield the modules of this package that a file imports, without the package's name."""
     here = path.relative_to(PACKAGE).parent.parts
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:
@@ -59,7 +59,7 @@ def part(module):
 
 
 def find_imports():
-    """By module of this package, the others that it imports."""
+    """Return the other modules of this package that each of its modules imports."""
     files = [path for path in PACKAGE.rglob("*.py") if path.read_text().strip()]
     names = {path: ".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in files}
     return {
@@ -73,12 +73,12 @@ def test_imports_run_one_way():
     for name, imports in found.items():
         assert {part(other) for other in imports} <= {part(name), *MAY_IMPORT[part(name)]}, name
     assert list(graphlib.TopologicalSorter(found).static_order())  # CycleError if there is one.
-    # The search does find imports, those inside of functions too.
+    # The search does find imports, even inside functions.
     assert found["kernels.op"] >= {"config", "kernels.reference", "kernels.triton_prune"}
 
 
 def test_implementations_do_not_import_each_other():
-    """The reference and the fast kernels, which are held against it."""
+    """The reference and the fast kernels, which are compared with it, are independent."""
     found = find_imports()
     assert found["kernels.reference"] == set()
     assert "kernels.reference" not in found["kernels.triton_prune"]

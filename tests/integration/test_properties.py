@@ -1,7 +1,7 @@
-"""Searched for counterexamples: the operator against pruning by hand, the pass on random networks.
+"""Search for counterexamples: the operator against pruning by hand, the pass on random networks.
 
-In CI the examples are always the same. `--hypothesis-profile=search` draws 100 times as many,
-other ones every time.
+In CI the examples are always the same. `--hypothesis-profile=search` draws 100 times as many, and
+different ones every time.
 """
 
 import dataclasses
@@ -28,26 +28,29 @@ TOLERANCE = {
     torch.float16: 2**-10,
     torch.bfloat16: 2**-7,
 }
-# Of the prefix sums of pi in float32, up to 32 terms: nearer to it, a choice is free.
+# Error of the prefix sums of pi in float32, up to 32 terms: nearer to one, a choice is free.
 MARGIN = 2**-13
-# Of a gradient whose rescaled layer multiplied the weight instead, relative to its norm.
+# Error, relative to the norm, of a gradient whose rescaled layer multiplied the weight instead.
 FOLDED = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
 def examples(share):
-    """Settings with this share of the profile's examples."""
+    """Return settings with this share of the profile's examples."""
     return settings(max_examples=round(share * settings().max_examples))
 
 
 def assert_equal_bits(actual, expected):
-    """NaN apart, whose bits are free."""
+    """Assert that all bits are equal, except for those of NaN, which are free."""
     torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
     number = ~actual.isnan()
     assert torch.equal(actual[number].signbit(), expected[number].signbit())
 
 
 def assert_prunes(result, x, seed, n, m, prune, rescale):
-    """result is x pruned; to the last bit, but for sums over a larger scope and for mvue."""
+    """Assert that result is x pruned.
+
+    It is exact to the last bit, except for sums over a larger scope and for mvue.
+    """
     rounded = by_hand.rounding(x.dtype)
     rows = by_hand.groups(x, m).tolist()
     if prune == "mvue":
@@ -69,7 +72,7 @@ def assert_prunes(result, x, seed, n, m, prune, rescale):
 
 
 def assert_near(result, expected):
-    """expected: in float64."""
+    """Assert that result is near expected, which is in float64."""
     info = torch.finfo(result.dtype)
     smallest = info.tiny * info.eps  # the unit of subnormal numbers
     torch.testing.assert_close(
@@ -113,9 +116,9 @@ def test_operator(data, setting, number):
 
 
 def step(network, x, run, seed):
-    """Of one training step the result, and the gradients by name; the input's is "x".
+    """Return the result of one training step, and the gradients by name; the input's is "x".
 
-    The gradient of the result is of small integers.
+    The gradient of the result consists of small integers.
     """
     network.zero_grad()
     x = x.detach().requires_grad_(x.requires_grad)
@@ -146,7 +149,7 @@ def reason_dense(layer, x, config, chosen):
 
 
 def expected_decisions(network, x, config, chosen):
-    """The layer and the reason of every call that has a backward, from the last."""
+    """Return the layer and the reason of every call that has a backward, from the last."""
     calls = []
 
     def called(layer, inputs, output):
@@ -162,7 +165,7 @@ def expected_decisions(network, x, config, chosen):
 
 
 def differing(result, expected, tolerance=0.0):
-    """The names of the gradients that differ, by more than tolerance relative to the norm."""
+    """Return the names of gradients that differ by more than tolerance, relative to the norm."""
     assert result.keys() >= expected.keys()
     errors = {name: (result[name] - e).double().norm() for name, e in expected.items()}
     bounds = {name: tolerance * e.double().norm() for name, e in expected.items()}
@@ -170,7 +173,7 @@ def differing(result, expected, tolerance=0.0):
 
 
 def assert_rewritten(graph, decisions, config):
-    """Pruned gradients feed input gradients alone, and the pass has nothing left to do."""
+    """Assert that pruned gradients feed input gradients alone, and nothing is left for the pass."""
     prunes = graph.find_nodes(op="call_function", target=PRUNE_NM)
     assert len(prunes) == sum(decision.pruned for decision in decisions)
     for node in graph.find_nodes(op="call_function", target=CONVOLUTION_BACKWARD):
@@ -192,7 +195,7 @@ def test_networks(data, setting, seed):
     include = [f"layers.{i}" for i, layer in enumerate(layers) if layer in chosen]
     config = SDGPConfig(**pruning, targets=targets, include=include, inner="aot_eager")
     expected = expected_decisions(network, x, config, chosen)
-    # Factors in the weight round otherwise, and in what is before them other values may be kept.
+    # Factors in the weight round differently, so the layers before may keep other values.
     folds = config.rescale == "channel" and x.dtype in (torch.float32, torch.bfloat16)
     assume(not folds or sum(not reason for _, reason in expected) <= 1)
 
@@ -215,7 +218,7 @@ def test_networks(data, setting, seed):
     if layers[-1] not in layers[:-1]:
         last = {f"layers.{len(layers) - 1}.{name}" for name in ("weight", "bias")}
         wrong += differing(result, {name: dense[name] for name in last & dense.keys()})
-    if wrong:  # Of no account where stock's gradients aren't eager mode's, bit for bit, either.
+    if wrong:  # This doesn't count where stock differs from eager mode too, in any bit.
         torch._dynamo.reset()
         _, stock = step(network, x, torch.compile(network, backend="aot_eager"), seed)
         assume(not differing(stock, dense))
@@ -225,7 +228,7 @@ def test_networks(data, setting, seed):
 @examples(0.03)
 @given(st.data(), st.sampled_from([2, 4, 8]))
 def test_inductor(data, m):
-    """Bit for bit, as nothing is rounded, in any order of sums."""
+    """Results match bit for bit, as nothing is rounded, in any order of sums."""
     network, x = data.draw(strategies.networks(m, exact=True))
     n = data.draw(st.integers(1, m - 1))
     pruning = {"n": n, "m": m, "prune": "magnitude"}
@@ -243,7 +246,7 @@ def test_inductor(data, m):
         compiled = torch.compile(network, backend="sdgp", options=options)
         output, result = step(network, x, compiled, seed=0)
     except AssertionError:
-        # Inductor expects other strides of some weight gradients than they have; stock does so too.
+        # Inductor expects other strides than some weight gradients have; stock does so too.
         torch._dynamo.reset()
         with pytest.raises(AssertionError, match="expected size"):
             step(network, x, torch.compile(network), seed=0)

@@ -1,4 +1,4 @@
-"""Dense and pruned steps of one model in turn: what docs/training.md says of switching."""
+"""Test dense and pruned steps of one model in turn, as docs/training.md describes switching."""
 
 import copy
 
@@ -19,11 +19,11 @@ def _counted_from_zero():
 
 
 def compilations():
-    """Of graphs, by AOTAutograd."""
+    """Return the number of graphs that AOTAutograd compiled."""
     return counters["aot_autograd"]["total"]
 
 
-# With a forward outside of torch, whose own Dynamo may skip where it is not called from another.
+# Has a forward outside of torch: Dynamo may skip torch's own where no other forward calls it.
 class Network(nn.Sequential):
     def forward(self, x):
         return super().forward(x)
@@ -43,7 +43,7 @@ def make():
 
 
 def two_callables(model):
-    """Each state is a callable of its own."""
+    """Make a callable of its own for each state."""
     return {
         "pruned": torch.compile(model, backend="sdgp", options=EAGER),
         "dense": torch.compile(model, backend="aot_eager"),
@@ -51,7 +51,7 @@ def two_callables(model):
 
 
 def one_stance(model):
-    """The model is compiled once, by whoever; torch.compiler's stance is switched."""
+    """Compile the model once, as any caller might, and switch torch.compiler's stance."""
     model.compile(backend="sdgp", options=EAGER)
 
     def dense(x):
@@ -62,7 +62,7 @@ def one_stance(model):
 
 
 def regions_in_stance(model):
-    """Parts are compiled, each by itself."""
+    """Compile parts, each by itself."""
     for part in (model[0], model[3]):
         part.compile(backend="sdgp", options=EAGER)
 
@@ -96,7 +96,7 @@ def test_one_compile_per_state_and_the_bits_of_a_model_that_never_switches(switc
         step(states[state], models["scheduled"], number)
     assert compilations() == 2 * graphs
 
-    # Each step again, from the same weights, by a model that is in one state only.
+    # Do each step again, from the same weights, with a model that is in one state only.
     never = {name: switch(models[name])[name] for name in ("dense", "pruned")}
     follower = make()
     for number, state in enumerate(PLAN):
@@ -104,7 +104,7 @@ def test_one_compile_per_state_and_the_bits_of_a_model_that_never_switches(switc
         step(never[state], models[state], number)
         follower.load_state_dict(models[state].state_dict())
     assert_same(follower, models["scheduled"])
-    # The states differ, so that this could fail.
+    # The states differ, so this could fail.
     models["dense"].load_state_dict(make().state_dict())
     models["pruned"].load_state_dict(make().state_dict())
     for state in never:
@@ -126,7 +126,7 @@ def test_a_backward_is_of_the_state_that_its_forward_was_in():
     def loss(state):
         return states[state](x).square().mean()
 
-    model.eval()  # The batch's statistics are no part of the loss.
+    model.eval()  # Keeps the batch's statistics out of the loss.
     alone = {state: gradient(loss(state)) for state in states}
     dense, pruned = loss("dense"), loss("pruned")
     assert torch.equal(gradient(dense), alone["dense"])
@@ -136,7 +136,7 @@ def test_a_backward_is_of_the_state_that_its_forward_was_in():
 
 @torch._dynamo.config.patch(recompile_limit=1)
 def test_other_states_count_against_the_recompile_limit():
-    """As the page says; past the limit Dynamo runs the model as it is, dense."""
+    """States count as the page says; past the limit Dynamo runs the model as it is, dense."""
     model = make()
     states = two_callables(model)
     x = torch.randn(2, 3, 8, 8)

@@ -1,4 +1,4 @@
-"""A training step of the smallest network of many families of timm, and of torchvision's."""
+"""Test a training step of the smallest network of many families of timm, and of torchvision's."""
 
 import copy
 
@@ -22,7 +22,7 @@ from ..helpers.eager_sdgp import eager_sdgp
 TARGETS = "conv,linear"
 OPTIONS = {"sdgp.inner": "aot_eager", "sdgp.targets": TARGETS}
 
-# The smallest of their families, which are timm's modules.
+# The smallest network of each family; a family is a module of timm.
 NETWORKS = [
     "test_resnet",
     "test_vit",
@@ -57,15 +57,15 @@ NETWORKS = [
 ]
 SIZE = 32
 
-# Of the norm of a gradient, or of a hundredth of all gradients': that of a bias ahead of a batch
-# norm is nothing but rounding. A pruned weight branch, a pruned first layer or a layer left out
-# changes gradients by tens of percent.
+# Relative to the norm of a gradient, or to a hundredth of all gradients' norm: the gradient of a
+# bias ahead of a batch norm is nothing but rounding. A pruned weight branch, a pruned first layer
+# or a layer left out changes gradients by tens of percent.
 TOLERANCE = 1e-3
 
 
 @pytest.fixture
 def checked(monkeypatch):
-    """What the backend decided, and the check of each joint graph that it rewrote."""
+    """Record the backend's decisions, and the check of each joint graph that it rewrote."""
     seen = [], []
 
     def check(graph, config, *roots):
@@ -80,7 +80,7 @@ def checked(monkeypatch):
 
 
 def step(network, inputs, forward):
-    """The output of a training step, and the gradients by parameter name."""
+    """Return the output of a training step, and the gradients by parameter name."""
     torch.manual_seed(1)
     output = forward(copy.deepcopy(inputs))
     torch.manual_seed(2)
@@ -89,7 +89,7 @@ def step(network, inputs, forward):
 
 
 def compare(network, inputs, checked, stock="eager"):
-    """Compiled by sdgp against dense training by a stock backend, and SDGP in eager mode."""
+    """Compare sdgp with dense training by a stock backend, and with SDGP in eager mode."""
     dense_network, definition = copy.deepcopy(network), copy.deepcopy(network)
     compiled = dense_network if stock == "eager" else torch.compile(dense_network, backend=stock)
     output, dense = step(dense_network, inputs, lambda x: compiled(*x))
@@ -125,7 +125,7 @@ def test_network_of_timm(name, checked):
 
 @pytest.mark.parametrize(
     ("name", "stock"),
-    # What interpolates in eager mode is another kernel than what AOTAutograd makes of it.
+    # Interpolation in eager mode is another kernel than what AOTAutograd makes of it.
     [("squeezenet1_1", "eager"), ("lraspp_mobilenet_v3_large", "aot_eager")],
 )
 def test_network_of_torchvision(name, stock, checked):
@@ -147,7 +147,7 @@ class Backbone(nn.Module):
 
 
 def test_faster_rcnn(checked):
-    """Its training step looks at values: there are many graphs."""
+    """The training step of this network looks at values, so there are many graphs."""
     anchors = AnchorGenerator(((32,),), ((1.0,),))
     size = {"min_size": 64, "max_size": 64}
     network = FasterRCNN(Backbone(), 3, rpn_anchor_generator=anchors, **size).train()

@@ -1,4 +1,4 @@
-"""Training setups: some steps of each, compiled, against SDGP in eager mode in the same setup."""
+"""Test training setups: some compiled steps of each against SDGP in eager mode in that setup."""
 
 import contextlib
 import copy
@@ -134,7 +134,7 @@ def assert_same_parameters(model, other, rtol=1e-4, atol=1e-5):
 
 @pytest.fixture
 def decided(monkeypatch):
-    """The decisions of each graph that is compiled."""
+    """Return the decisions of each graph that is compiled."""
     graphs = []
     monkeypatch.setattr(graph_pass, "_report", lambda graph, made: graphs.append(made))
     return graphs
@@ -187,7 +187,7 @@ def test_channels_last():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(dtype):
-    """Within rounding: a tie or a near tie in a group may be pruned otherwise."""
+    """Parameters agree within rounding: a tie or near tie in a group may be pruned differently."""
 
     def context():
         return torch.autocast("cpu", dtype)
@@ -199,7 +199,7 @@ def test_autocast(dtype):
 
 
 def test_grad_scaler_skips_a_step_that_overflows():
-    """Where the only infinity is in a gradient that is pruned."""
+    """The step is skipped even if the only infinity is in a gradient that is pruned."""
     model = make()
     run, optimizer = compiled(model), sgd(model)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**14)
@@ -249,7 +249,7 @@ def test_gradient_clipping_and_moving_average():
 
 
 def test_frozen_layers(decided):
-    """The input gradient still flows through a frozen layer, to what is before it."""
+    """The input gradient still flows through a frozen layer to the layers before it."""
     model, other = make(), make()
     for net in (model, other):
         net.blocks[1].requires_grad_(False)
@@ -288,7 +288,7 @@ def test_eval_then_train(decided):
 
 
 def test_regional_compilation(decided):
-    """Blocks compiled one by one; each is the root of its own graph."""
+    """Blocks are compiled one by one; each is the root of its own graph."""
     model, other = make(), make()
     for block in model.blocks:
         block.compile(backend="sdgp", options=OPTIONS)
@@ -301,7 +301,7 @@ def test_regional_compilation(decided):
 
 
 def test_a_module_that_is_compiled_within_a_compiled_model(decided):
-    """It is part of the model's graph, and its own backend is not asked."""
+    """The module is part of the model's graph, and its own backend is not asked."""
     model, other = make(), make()
     model.blocks[0].compile(backend="eager")
     model.blocks[1] = torch.compile(model.blocks[1], backend="eager")
@@ -406,7 +406,7 @@ def test_state_dict_is_the_plain_models(tmp_path):
 
 @pytest.mark.parametrize("prune", ["random", "mvue"])
 def test_checkpointing_draws_the_pruning_once(prune):
-    """The recomputed forward does not draw anew: the same seed gives the same run as without."""
+    """The recomputed forward does not draw anew: a seed gives the same run as without."""
     results = []
     for kind in (Network, Checkpointed):
         torch._dynamo.reset()

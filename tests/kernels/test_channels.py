@@ -1,4 +1,4 @@
-"""Whole channels: what `select_channels` refuses. What it chooses is tested with the pass."""
+"""Test what `select_channels` refuses; its choice of whole channels is tested with the pass."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The operators sdgp::prune_nm and sdgp::channel_factor, and the function for users."""
+"""Test the operators sdgp::prune_nm and sdgp::channel_factor, and the function for users."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def prune_nm(x, n=2, m=4, prune="magnitude", rescale="group", groups=1, seed=SEE
 
 
 def layouts(shape):
-    """The same numbers in several layouts: contiguous, channels last, transposed, with gaps."""
+    """Yield the same numbers contiguous, channels last, transposed, with gaps, and expanded."""
     x = torch.randn(shape)
     yield "contiguous", x
     yield "channels_last", x.movedim(1, -1).contiguous().movedim(-1, 1)

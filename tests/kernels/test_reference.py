@@ -1,6 +1,6 @@
-"""The reference against the words of the paper, written out once more in plain Python.
+"""Test the reference against the words of the paper, written out once more in plain Python.
 
-Its means are in test_statistics.
+Its means are tested in test_statistics.
 """
 
 import itertools
@@ -54,7 +54,7 @@ def test_rescale_scopes_keep_the_l1_norm_of_the_scope(scope, dims):
 
 @pytest.mark.parametrize("scope", ["group", "feature_map", "channel"])
 def test_nothing_kept_means_factor_one(scope):
-    """Channel 1 is never among the largest: its kept sum is 0, its gradient stays finite."""
+    """Channel 1 is never among the largest: its kept sum is 0, and its gradient stays finite."""
     x = torch.tensor([2.0, 1.0]).view(1, 2, 1, 1).repeat(2, 1, 3, 3)
     x[0] = 0
     pruned = reference.prune_nm(x, None, 1, 2, "rescaled_magnitude", scope)
@@ -95,7 +95,7 @@ def test_a_missing_seed_is_refused(prune):
 
 @pytest.mark.parametrize(("n", "m"), [(1, 2), (2, 4), (7, 8), (16, 32)])
 def test_mvue_never_keeps_more_than_n(n, m):
-    """At the ends of the range of uniform numbers, where rounding could keep one more."""
+    """The ends of the range of uniform numbers are where rounding could keep one more."""
     values = torch.cat([torch.randn(500, m), torch.ones(4, m), torch.eye(m), torch.zeros(2, m)])
     values = torch.cat([values, torch.randn(500, m).exp() ** 8])
     for number in (0, 1, 2**23, 2**24 - 1):
@@ -111,7 +111,7 @@ def test_mvue_of_at_most_n_nonzeros_is_exact():
 
 
 def test_philox_known_answer():
-    """Random123's test vector for a zero key and a zero counter."""
+    """Check Random123's test vector for a zero key and a zero counter."""
     words = reference.philox(torch.tensor([0]), torch.tensor(0), 0)
     assert [int(w) for w in words] == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
 

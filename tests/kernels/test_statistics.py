@@ -1,6 +1,6 @@
-"""The means of "random" and "mvue" against probabilities computed by hand.
+"""Test the means of "random" and "mvue" against probabilities computed by hand.
 
-How far frequencies may be off is said in `helpers.frequencies`.
+`helpers.frequencies` says how far frequencies may be off.
 """
 
 import itertools
@@ -26,7 +26,7 @@ SEED = torch.tensor([1234567890123456789])
 
 
 def draws(row, n, prune, seed=SEED, dtype=torch.float32):
-    """Prune a group DRAWS times without bias, a row for each."""
+    """Prune a group DRAWS times without bias, and return a row for each."""
     m = len(row)
     x = torch.tensor(row, dtype=dtype).view(1, m, 1).expand(1, m, DRAWS)
     pruned = by_hand.groups(reference.prune_nm(x, seed, n, m, prune, "group"), m)
@@ -52,7 +52,7 @@ def test_unbiased(prune, n, m, kind):
 
 
 def test_probabilities_are_those_of_the_stored_values():
-    """In bfloat16 1 + 2**-9 is 1, and g / p is rounded."""
+    """The stored values count: in bfloat16 1 + 2**-9 is 1, and g / p is rounded."""
     row = [1 + 2**-9, -1.0, 3.0, 0.5]
     kept = draws(row, 2, "mvue", dtype=torch.bfloat16) != 0
     assert_frequencies(kept, probabilities([1.0, 1.0, 3.0, 0.5], 2, "mvue"))
@@ -77,7 +77,7 @@ def test_random_keeps_every_pair_equally_often(n, m):
 
 @pytest.mark.parametrize("prune", ["random", "mvue"])
 def test_groups_and_seeds_are_independent(prune):
-    """The mean over a batch gains from that of every group being right on its own."""
+    """The mean over a batch gains from the right mean of every group if groups are independent."""
     n, m = 3, 8
     row = gradients(m)["normal"]
     pi = torch.tensor(probabilities(row, n, prune), dtype=torch.float64)

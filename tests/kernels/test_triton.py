@@ -1,4 +1,4 @@
-"""The Triton kernels against the reference: on a GPU, else in Triton's interpreter on the CPU."""
+"""Test the Triton kernels against the reference: on a GPU, else in the interpreter on the CPU."""
 
 import pytest
 import torch
@@ -25,7 +25,10 @@ def _count(out_ptr, n):
 
 
 def can_loop():
-    """Triton 3.6's interpreter can't take the end of a range from an argument with numpy >= 2.4."""
+    """Return whether a loop can end at an argument.
+
+    Triton 3.6's interpreter can't take the end of a range from an argument with numpy >= 2.4.
+    """
     try:
         _count[(1,)](torch.zeros(1, dtype=torch.int32, device="cuda" if HAS_GPU else "cpu"), 3)
     except triton.runtime.errors.InterpreterError:
@@ -42,7 +45,11 @@ SCOPES = ["group", *(pytest.param(s, marks=needs_loops) for s in ("feature_map",
 
 
 def special(shape, dtype):
-    """Ties, zeros of both signs, subnormal, smallest and largest numbers, NaN, infinities."""
+    """Make a gradient of random and special numbers.
+
+    The special ones are ties, zeros of both signs, subnormal, smallest and largest numbers, NaN and
+    infinities.
+    """
     info = torch.finfo(dtype)
     palette = [0.0, -0.0, 1.0, -1.0, 1 + info.eps, info.tiny / 2, -info.tiny, 2.0]
     palette += [float("nan"), float("inf"), -float("inf"), info.max, info.min]
@@ -71,7 +78,7 @@ def compare(x, seed, n, m, prune, rescale):
         integer = torch.int32 if x.dtype == torch.float32 else torch.int16
         assert torch.equal(result.view(integer), expected.view(integer))
     else:
-        # Triton's interpreter cuts bfloat16 off where a GPU rounds: one unit as well.
+        # Triton's interpreter truncates to bfloat16 where a GPU rounds: one unit as well.
         rtol, atol, _ = reference.TOLERANCES[x.dtype]
         torch.testing.assert_close(result, expected, rtol=rtol, atol=atol, equal_nan=True)
 
@@ -120,7 +127,10 @@ def test_channel_factor(layout, dtype, n, m, device, nan_filled_empty):
 
 @needs_loops
 def test_channel_factor_of_other_strides_and_sizes(device, nan_filled_empty):
-    """Gaps, a broadcast, another order; several programs along both axes, the last ones in part."""
+    """Cover gaps, a broadcast, another order, and several programs along both axes.
+
+    The last programs along an axis are only partly full.
+    """
     x = torch.randn(2, 8, 3, 5).to(device)
     compare_factors(torch.stack([x, x], -1)[..., 0], 2, 4)
     compare_factors(x[:1].expand(4, 8, 3, 5), 2, 4)
@@ -141,7 +151,7 @@ def test_dimensions(shape, layout, rescale, device, nan_filled_empty):
 @pytest.mark.parametrize("layout", [torch.Tensor.contiguous, as_channels_last])
 @pytest.mark.parametrize("rescale", SCOPES)
 def test_more_than_one_program(layout, rescale, device, nan_filled_empty):
-    """Several tiles along every axis of the grids, the last ones in part."""
+    """Cover several tiles along every axis of the grids, with the last ones only partly full."""
     x = layout(torch.randn(2, 72, 41, 43)).to(device)
     compare(x, None, 2, 4, "rescaled_magnitude", rescale)
 
@@ -196,6 +206,6 @@ def test_more_than_two_to_the_31_values():
 
 
 def test_these_tests_ran_the_kernels():
-    """In the interpreter or on a GPU, never the compiled kernels on a CPU or nothing at all."""
+    """The kernels did run: in the interpreter or on a GPU, never compiled on a CPU."""
     interpreted = type(triton_prune._prune_kernel).__name__ == "InterpretedFunction"
     assert interpreted != HAS_GPU

@@ -1,4 +1,4 @@
-"""The kernels compiled for sm_80 and sm_90, on any machine: widths of accesses, no spills."""
+"""Test the kernels compiled for sm_80 and sm_90, on any machine: widths of accesses, no spills."""
 
 import pytest
 
@@ -9,12 +9,12 @@ pytest.importorskip("triton", reason="needs Triton")
 
 @pytest.fixture(scope="module")
 def kernels():
-    """Compiled in a process of its own: in this one Triton may be interpreting."""
+    """Compile in a process of its own, because Triton may be interpreting in this one."""
     return compiled_apart("compile_kernels")
 
 
 def select(kernels, *words):
-    """name -> kernel of those whose names have all of words; there must be some."""
+    """Return the kernels, by name, whose names have all of words; there must be some."""
     chosen = {name: kernel for name, kernel in kernels.items() if set(words) <= set(name.split())}
     assert chosen
     return chosen
@@ -28,7 +28,7 @@ def test_nothing_spills(kernels):
 @pytest.mark.parametrize("sm", ["sm_80", "sm_90"])
 def test_channels_last_bfloat16_moves_16_bytes_an_access(kernels, sm, prune):
     (kernel,) = select(kernels, sm, "channels_last", "bf16", "2:4", prune).values()
-    gradient_loads = [width for width in kernel["loads"] if width != 8]  # 8: the seed
+    gradient_loads = [width for width in kernel["loads"] if width != 8]  # The seed has 8 bytes.
     assert set(gradient_loads) == {16}
     assert set(kernel["stores"]) == {16}
     # The seed is the only other load, and only where numbers are drawn.
@@ -37,7 +37,7 @@ def test_channels_last_bfloat16_moves_16_bytes_an_access(kernels, sm, prune):
 
 @pytest.mark.parametrize("layout", ["channels_last", "nchw"])
 def test_each_value_is_read_and_written_once(kernels, layout):
-    """16 or 32 bytes a thread for a tile, in 16-byte accesses, as many stores as loads."""
+    """A tile takes 16 or 32 bytes a thread, in 16-byte accesses, and as many stores as loads."""
     for kernel in select(kernels, layout, "bf16", "2:4", "magnitude").values():
         assert set(kernel["loads"]) == {16}
         assert len(kernel["stores"]) == len(kernel["loads"])
@@ -63,13 +63,13 @@ def test_wider_scopes_read_the_gradient_in_16_bytes(kernels):
 
 @pytest.mark.parametrize("sizes", ["odd", "wide", "position"])
 def test_sizes_that_triton_compiles_for_apart_compile_too(kernels, sizes):
-    """The interpreter makes no difference between them, the compiler does."""
+    """The interpreter makes no difference between these sizes, but the compiler does."""
     assert len(select(kernels, sizes)) == (3 if sizes == "position" else 6)
 
 
 @pytest.mark.parametrize("layout", ["channels_last", "contiguous_format"])
 def test_launchers_pass_what_the_kernels_take(kernels, layout):
-    """One launch for scope "group" and "feature_map", two for "channel"."""
+    """Scopes "group" and "feature_map" take one launch, "channel" two."""
     launched = select(kernels, "launched", layout)
     assert sorted(name.partition(f"{layout} ")[2] for name in launched) == [
         "magnitude group _prune_kernel",
@@ -82,5 +82,5 @@ def test_launchers_pass_what_the_kernels_take(kernels, layout):
     ]
     for name, kernel in launched.items():
         if "_prune_kernel" in name and "channel _" not in name:
-            assert set(kernel["loads"]) <= {16, 8}, name  # 8: the seed
+            assert set(kernel["loads"]) <= {16, 8}, name  # The seed has 8 bytes.
             assert set(kernel["stores"]) == {16}, name

@@ -1,4 +1,4 @@
-"""A network's convolutions: found, counted, and what can be pruned."""
+"""Test the search for a network's convolutions: which are found, counted, and can be pruned."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Profiles: the estimate."""
+"""Test the estimate of profiles."""
 
 import pytest
 
@@ -12,7 +12,7 @@ def layer(input_gradient, largest_m, others=10.0):
 
 
 def test_the_estimate():
-    """By hand: n/m of the input gradients that can be pruned in groups of m."""
+    """By hand, n/m of the input gradients that can be pruned in groups of m are left."""
     layers = [layer(0.0, 1), layer(20.0, 4), layer(40.0, 32)]
     assert profile.totals_ms(layers)["input_gradient"] == 60
     rows = profile.estimate(

@@ -1,4 +1,4 @@
-"""Timing: in turn, within a budget, from cold memory; and the memory that is held."""
+"""Test timing: in turn, within a budget, from cold memory; and the memory that is held."""
 
 import itertools
 from functools import partial
@@ -12,7 +12,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 class Clock:
-    """Stands still but when functions take their time."""
+    """Clock that stands still except while functions take their time."""
 
     def __init__(self, monkeypatch):
         self.now = 0.0
@@ -20,7 +20,7 @@ class Clock:
         monkeypatch.setattr(timing, "perf_counter", lambda: self.now)
 
     def function(self, name, *seconds):
-        """Takes seconds in turn."""
+        """Return a function that takes these seconds in turn."""
         durations = itertools.cycle(seconds)
 
         def run():

@@ -1,4 +1,4 @@
-"""Whole channels pruned: the choice held against loops, the graph against the definition."""
+"""Test pruning of whole channels: the choice against loops, the graph against the definition."""
 
 import copy
 import itertools
@@ -31,8 +31,8 @@ from ..helpers.layers import (
 
 PATTERNS = [(2, 4), (1, 4), (3, 8), (2, 16), (16, 32), (1, 1)]
 
-# Sums of products in another order, 2**-24 each; of bfloat16, one rounding of values times factors
-# and one of the result. Of the norm of a gradient.
+# Relative to the norm of a gradient: sums of products in another order, 2**-24 each; for bfloat16,
+# one rounding of values times factors and one of the result.
 TOLERANCE = {torch.float32: 2**-20, torch.bfloat16: 2**-7, torch.float16: 2**-9}
 
 
@@ -41,7 +41,7 @@ def by_channel(prune="rescaled_magnitude", **settings):
 
 
 def chosen(norms, n, m, prune):
-    """Lists of the channels that are kept and of their factors, by a loop over groups."""
+    """Return lists of the kept channels and of their factors, by a loop over groups."""
     kept, factors = [], []
     for first in range(0, len(norms), m):
         group = norms[first : first + m]
@@ -55,7 +55,7 @@ def chosen(norms, n, m, prune):
 
 
 def pruned(grad_output, n, m, prune, dim=1):
-    """grad_output with zeros for the channels that are not kept, and the others scaled."""
+    """Return grad_output with zeros for channels that are not kept, and the others scaled."""
     others = [d for d in range(grad_output.dim()) if d != dim]
     norms = grad_output.double().abs().sum(others).tolist()
     result = torch.zeros_like(grad_output).movedim(dim, 0)
@@ -68,11 +68,11 @@ def relative_error(result, exact):
     return ((result - exact).double().norm() / exact.double().norm()).item()
 
 
-# The choice
+# Choice of channels
 
 
 def groups_of(m):
-    """Norms in which there is something to get wrong, one group each."""
+    """Return norms in which there is something to get wrong, one group each."""
     generator = torch.Generator().manual_seed(m)
     normal = torch.randn(m, generator=generator).abs()
     special = normal.clone()
@@ -136,7 +136,7 @@ def test_mvue_prunes_what_is_not_finite_by_magnitude():
 
 
 def draws(row, n, prune):
-    """For many groups with the norms of row: which are kept, and the factors, 0 elsewhere."""
+    """Return the factors of many groups with the norms of row: 0 for channels not kept."""
     m, count = len(row), frequencies.DRAWS
     norms = torch.tensor(row).abs().repeat(count)
     generator = torch.Generator().manual_seed(n + m)
@@ -150,14 +150,17 @@ def draws(row, n, prune):
 
 @pytest.mark.parametrize(("n", "m", "kind"), frequencies.CASES)
 def test_mvue_is_unbiased(n, m, kind):
-    """A channel kept with probability pi is multiplied by 1 / pi; false alarms as said there."""
+    """A channel kept with probability pi is multiplied by 1 / pi.
+
+    `helpers.frequencies` says how likely false alarms are.
+    """
     row = frequencies.gradients(m)[kind]
     factors, pi = draws(row, n, "mvue"), frequencies.probabilities(row, n, "mvue")
     for i, (norm, p) in enumerate(zip(row, pi, strict=True)):
         own = factors[:, i][factors[:, i] != 0]
         if norm and p and len(own):
             torch.testing.assert_close(own, torch.full_like(own, 1 / p), rtol=1e-5, atol=0)
-    # Of channels without a gradient any may fill the places that are left.
+    # Any channels without a gradient may fill the places that are left.
     nonzero = torch.tensor([norm != 0 for norm in row])
     assert_frequencies((factors != 0)[:, nonzero], [p for p, g in zip(pi, row, strict=True) if g])
 
@@ -171,7 +174,7 @@ def test_random_draws_every_set_equally_often(n, m):
     assert_frequencies(codes.unsqueeze(1) == torch.tensor(sets), [1 / len(sets)] * len(sets))
 
 
-# The graph
+# Graph
 
 
 def dense_half(gm):
@@ -192,7 +195,7 @@ def dense_half(gm):
     ],
 )
 def test_rewrites_the_input_gradient_and_nothing_else(name, prune, dtype):
-    """By edges and by numbers."""
+    """Check edges and numbers."""
     gm = convolution_graph(name, dtype)
     inputs = random_inputs(gm)
     (old,) = gm.graph.find_nodes(op="call_function", target=CONVOLUTION_BACKWARD)
@@ -245,7 +248,7 @@ def test_drawn_channels_are_those_of_a_subset(name, prune):
 
 @pytest.mark.parametrize("name", ["conv2d", "1x1", "grouped", "transposed grouped"])
 def test_nothing_is_transposed(name):
-    """Channels stay last, and what is on record are the real strides."""
+    """Channels stay last, and the strides on record are the real ones."""
     layer, shape = CONVOLUTIONS[name]
     layer = copy.deepcopy(layer).to(memory_format=torch.channels_last)
     x = torch.randn(shape).to(memory_format=torch.channels_last).requires_grad_()
@@ -319,7 +322,7 @@ def test_layers_draw_numbers_of_their_own():
     assert parts == [(0, end - count, end) for count, end in zip(counts, ends, strict=True)]
 
 
-# Which layers
+# Selection of layers
 
 
 def test_the_other_reasons_are_those_of_elements():
@@ -382,7 +385,7 @@ def grads(model, forward, x):
 
 @pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
 def test_a_network_is_trained_as_by_the_definition(inner):
-    """With batches of several sizes, and of both memory formats with aot_eager."""
+    """Train on batches of several sizes, and in both memory formats with aot_eager."""
     model = Network()
     settings = {"prune": "rescaled_magnitude", "n": 1, "m": 4}
     options = {f"sdgp.{name}": value for name, value in settings.items()}

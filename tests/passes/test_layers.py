@@ -1,4 +1,4 @@
-"""What every kind of layer can do, and what the pass notes of it, on real graphs."""
+"""Test what every kind of layer can do, and what the pass notes of it, on real graphs."""
 
 import operator
 
@@ -51,7 +51,7 @@ def test_every_target_has_a_finder():
 
 
 def doubled_input_grad(layer):
-    """Twice the input gradient, by a product of its own."""
+    """Return twice the input gradient, from a product of its own."""
     node, graph = layer.node, layer.node.graph
     with graph.inserting_before(node):
         if node.target is CONVOLUTION_BACKWARD:
@@ -75,7 +75,7 @@ def test_another_node_takes_the_place_of_the_input_gradient_and_of_nothing_else(
     changed = [i for i, pair in enumerate(zip(after, before, strict=True)) if differ(*pair)]
     assert len(changed) == 1
     assert torch.equal(after[changed[0]], 2 * before[changed[0]])
-    # What is left of a convolution computes no input gradient any more.
+    # The rest of a convolution computes no input gradient any more.
     for node in gm.graph.find_nodes(op="call_function", target=CONVOLUTION_BACKWARD):
         computed = [value is not None for value in node.meta.get("val", (True, None, None))]
         assert computed == node.args[10]
@@ -85,12 +85,12 @@ def differ(a, b):
     return not torch.equal(a, b)
 
 
-# The layers themselves
+# Properties of layers
 
 
 @every_graph
 def test_multiply_adds_are_those_of_the_values_of_the_gradient(name):
-    """With a stride of a transposed convolution, on average."""
+    """With the stride of a transposed convolution, they are those on average."""
     layer = only_layer(make_graph(name))
     values = layer.grad_output.meta["val"].numel()
     if "transposed" in name:
@@ -115,7 +115,7 @@ class TwoOfEach(nn.Module):
 
 
 def test_a_layer_without_an_input_gradient_has_its_grad_output():
-    """That of the layer after it computes, not a node of the forward."""
+    """It is the gradient that the layer after it computes, not a node of the forward."""
     gm = joint_graph(TwoOfEach(), torch.randn(2, 4, 9))
     layers = {kind: [] for kind in FINDERS}
     for layer in find_layers(gm.graph, BOTH):
@@ -135,7 +135,7 @@ def test_a_layer_without_an_input_gradient_has_its_grad_output():
 @pytest.mark.parametrize("is_frozen", [False, True])
 @pytest.mark.parametrize("kind", FINDERS)
 def test_a_weight_gradient_is_told_from_an_input_gradient(kind, is_frozen):
-    """Both multiply grad_output; that of the weight reads the input as well."""
+    """Both products multiply grad_output; that of the weight reads the input as well."""
     layer, shape = {
         "conv": (nn.Conv1d(8, 8, 3, bias=False), (2, 8, 9)),
         "linear": (nn.Linear(8, 8, bias=False), (4, 8)),
@@ -148,13 +148,13 @@ def test_a_weight_gradient_is_told_from_an_input_gradient(kind, is_frozen):
     assert [d.layer.has_weight_grad for d in decisions] == [not is_frozen]
 
 
-# What the pass notes
+# Notes of the pass
 
 
 @pytest.mark.parametrize("settings", [{}, {"rescale": "channel"}, {"structure": "channel"}])
 @every_graph
 def test_a_decision_keeps_its_layer_as_it_was(name, settings):
-    """Though the graph has been rewritten: `explain` reads it then."""
+    """`explain` reads the layer after the graph has been rewritten."""
     gm = make_graph(name)
     before = only_layer(gm)
     numbers = (before.macs, before.macs_per_grad_value, before.weight_shape, before.channels)
@@ -175,7 +175,7 @@ def test_a_decision_keeps_its_layer_as_it_was(name, settings):
 
 @pytest.mark.parametrize("name", ["conv, conv2d", "linear, rows", "linear, column-major"])
 def test_elements_are_known_to_be_pruned_without_the_marks(name):
-    """Whoever copies a graph may leave out the nodes' meta, all but the values."""
+    """A copy of a graph may lack the nodes' meta, except for the values."""
     gm = make_graph(name)
     (first,) = prune_input_grads(gm.graph, BOTH)
     for node in gm.graph.nodes:
@@ -191,7 +191,7 @@ def test_elements_are_known_to_be_pruned_without_the_marks(name):
 @pytest.mark.parametrize("name", ["conv, conv2d", "linear, rows"])
 def test_statistics_read_that_a_factor_is_in_the_weight(name):
     def scaled(keeps_mark):
-        """Whether the statistics are of the pruned gradient times its factor."""
+        """Return whether the statistics are of the pruned gradient times its factor."""
         gm = make_graph(name)
         prune_input_grads(gm.graph, SDGPConfig(targets="conv,linear", rescale="channel"))
         (pruned,) = gm.graph.find_nodes(op="call_function", target=PRUNE_NM)

@@ -1,4 +1,4 @@
-"""Linear layers in the joint graph: found by structure, and fed with the pruned gradient."""
+"""Test linear layers in the joint graph: found by structure, and fed with the pruned gradient."""
 
 import dataclasses
 
@@ -21,7 +21,7 @@ LINEAR = SDGPConfig(targets="linear")
 
 
 def pruned_and_run(name, rescale, dtype=torch.float32):
-    """The rewritten graph of a layer, what it was run on, and the values of its nodes."""
+    """Return the rewritten graph of a layer, its inputs, and the values of its nodes."""
     gm = linear_graph(name, dtype)
     inputs = random_inputs(gm)
     prune_input_grads(gm.graph, SDGPConfig(targets="linear", rescale=rescale))
@@ -30,7 +30,7 @@ def pruned_and_run(name, rescale, dtype=torch.float32):
 
 
 def readers_of(pruned):
-    """The products that read a pruned gradient or a view of it."""
+    """Return the products that read a pruned gradient or a view of it."""
     readers = list(pruned.users)
     for node in readers:
         readers += [] if node.target in PRODUCTS else node.users
@@ -157,7 +157,7 @@ def test_channel_folds_its_factor_into_the_weight():
 
 
 class Products(nn.Module):
-    """Products of matrices of which one is a linear layer."""
+    """Products of matrices, only one of them a linear layer."""
 
     def __init__(self):
         super().__init__()
@@ -246,7 +246,7 @@ def test_a_module_called_twice_has_two_layers():
 
 
 def test_layers_without_a_backward_are_no_layers():
-    """Frozen ones before the first that is trained; in the graph they differ in nothing else."""
+    """They are frozen ones before the first trained layer; the graph shows no other difference."""
     frozen = [nn.Linear(8, 8, bias=False).requires_grad_(False) for _ in range(3)]
     model = nn.Sequential(*frozen, nn.Linear(8, 8), nn.Linear(8, 8))
     decisions, _ = decide(model, torch.randn(3, 8), targets="linear")
@@ -295,7 +295,7 @@ def test_every_linear_layer_of(name):
 
 
 def test_forward_and_last_weight_gradient_of_a_transformer():
-    """The last layer's gradient is the only one that no pruned gradient goes into."""
+    """The last layer's weight gradient is the only one without a pruned gradient in it."""
     timm = pytest.importorskip("timm", reason="needs timm")
     torch.manual_seed(0)
     model = timm.create_model("vit_tiny_patch16_224", num_classes=8, img_size=32, depth=2)
@@ -316,7 +316,7 @@ def test_forward_and_last_weight_gradient_of_a_transformer():
 
 
 def test_private_names_of_dynamo():
-    """What the search relies on: a node of the forward names the function it comes from."""
+    """The search relies on a node of the forward naming the function it comes from."""
     gm = linear_graph("functional")
     (forward,) = [n for n in gm.graph.nodes if n.target is MM and "source_fn_stack" in n.meta]
     assert forward.meta["source_fn_stack"][-1][1] in linears._FUNCTIONS

@@ -1,4 +1,4 @@
-"""The rewrite, asserted on edges: which node feeds which gradient; and on numbers."""
+"""Test the rewrite on edges, which node feeds which gradient, and on numbers."""
 
 import operator
 
@@ -32,7 +32,7 @@ from ..helpers.layers import (
 )
 
 CHANNEL = SDGPConfig(rescale="channel")
-# Those whose weight takes the factors of scope "channel".
+# Convolutions whose weight takes the factors of scope "channel".
 FOLDED = [name for name in CONVOLUTIONS if name != "transposed grouped"]
 
 
@@ -113,11 +113,11 @@ def test_recorded_values_match_the_real_ones(name, config):
             assert_same_form(new.meta["val"], values[new.name])
 
 
-# The factors of scope "channel" in the weight
+# Factors of scope "channel" in the weight
 
 
 def scaled_weight(weight):
-    """The weight and the factors that a scaled weight is made of."""
+    """Return the weight and the factors that a scaled weight is made of."""
     product, dtype = weight.args
     assert dtype == weight.meta["val"].dtype
     assert product.target is torch.ops.aten.mul.Tensor
@@ -172,7 +172,7 @@ def test_the_others_leave_the_factors_to_the_prune(name, dtype):
 
 
 def input_gradients(name, dtype):
-    """With the factors in the weight, with them in the gradient, and in float64."""
+    """Return input gradients with the factors in the weight, in the gradient, and in float64."""
     gm = convolution_graph(name, dtype)
     inputs = random_inputs(gm)
     (node,) = gm.graph.find_nodes(op="call_function", target=CONVOLUTION_BACKWARD)
@@ -199,14 +199,14 @@ def relative_error(result, exact):
 
 @pytest.mark.parametrize("name", FOLDED)
 def test_factors_in_the_weight_give_the_same_input_gradient(name):
-    """Up to the rounding of w * f instead of g * f, 2**-24 each, and of the sums of products."""
+    """They agree up to rounding w * f instead of g * f, 2**-24 each, and the sums of products."""
     folded, unfolded, _ = input_gradients(name, torch.float32)
     assert relative_error(folded, unfolded) < 2**-21
 
 
 @pytest.mark.parametrize("name", FOLDED)
 def test_factors_in_the_weight_are_as_exact_in_bfloat16(name):
-    """One rounding to bfloat16 takes the place of another, of the weight or of the gradient."""
+    """One rounding to bfloat16, of the weight, takes the place of another, of the gradient."""
     folded, unfolded, exact = input_gradients(name, torch.bfloat16)
     assert relative_error(unfolded, exact) < 2**-7
     assert relative_error(folded, exact) < 1.5 * relative_error(unfolded, exact)
@@ -239,11 +239,11 @@ def test_scaled_weight_keeps_the_strides():
     assert scaled.meta["val"].stride() == own.meta["val"].stride() == layer.weight.stride()
 
 
-# Which layers
+# Selection of layers
 
 
 def test_bias_taken_out_by_a_decomposition():
-    """The form that graphs for a GPU have: the bias gradient is a sum of the dense gradient."""
+    """Graphs for a GPU have this form: the bias gradient is a sum of the dense gradient."""
     from torch._inductor.decomposition import select_decomp_table
 
     def without_bias(*args):
@@ -272,7 +272,7 @@ def test_bias_taken_out_by_a_decomposition():
 
 
 def test_input_gradient_only():
-    """Frozen weights: there is nothing to split off."""
+    """The weights are frozen, so there is nothing to split off."""
     layer = nn.Conv2d(8, 16, 3).requires_grad_(False)
     gm = joint_graph(layer, torch.randn(2, 8, 7, 7, requires_grad=True))
     (decision,) = prune_input_grads(gm.graph, SDGPConfig())

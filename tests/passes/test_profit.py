@@ -1,4 +1,4 @@
-"""`layers="profitable"`: the rule on shapes and device, and what it decides for both structures."""
+"""Test `layers="profitable"`: the rule on shapes and device, its decisions for both structures."""
 
 import math
 
@@ -19,7 +19,7 @@ from ..helpers.layers import Block, convolution_on
 
 NOT_PROFITABLE = why.NOT_PROFITABLE["channel"]
 
-# At 2:4, with so many values that little else counts.
+# Valid at 2:4, with so many values that little else counts.
 LEAST = math.ceil(2 * (COST["cpu"].value + COST["cpu"].kept / 2))
 
 
@@ -28,7 +28,7 @@ def profitable(structure="channel", **settings):
 
 
 def reason(graph, config):
-    """Why the only layer of graph stays dense."""
+    """Return why the only layer of graph stays dense."""
     (decision,) = prune_input_grads(graph, config)
     return decision.reason
 
@@ -53,7 +53,7 @@ RULE = {
     "linear": (nn.Linear(1024, 1024), (512, 1024), ""),
     "linear of few rows": (nn.Linear(1024, 1024), (16, 1024), NOT_PROFITABLE),
     "small": (nn.Conv2d(1024, 8, 1), (1, 1024, 8, 8), NOT_PROFITABLE),
-    # Nothing but the cost of a call is against it.
+    # Only the cost of a call speaks against it.
     "small, with few weights": (nn.Conv2d(1024, 8, 1), (4, 1024, 8, 8), NOT_PROFITABLE),
 }
 
@@ -98,7 +98,7 @@ def test_a_device_without_costs_of_its_own_counts_as_a_gpu(device, inputs, expec
 
 
 def test_fewer_channels_are_profitable_for_more_layers():
-    """And other reasons come first."""
+    """Other reasons come first."""
     layer, shape = convolution(LEAST - 1)
     gm = joint_graph(layer, torch.ones(shape, requires_grad=True))
     for settings, expected in (
@@ -137,7 +137,7 @@ def test_layers_that_are_not_profitable_are_left_alone(structure):
 
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_a_second_run_keeps_what_was_pruned(structure):
-    """Whatever the rule would say of the product that is left."""
+    """The rule's opinion of the product that is left doesn't matter."""
     layer, shape, _ = RULE["more positions"]
     gm = joint_graph(layer, torch.ones(shape, requires_grad=True))
     decisions = prune_input_grads(gm.graph, SDGPConfig(structure=structure))
