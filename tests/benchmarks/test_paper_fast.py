@@ -230,7 +230,7 @@ def test_a_setting_is_compiled_once_for_all_seeds(trainers, tmp_path, capsys):
     assert saved["settings"]["name"] == "fast"
     assert {row["fresh_accuracy"] for row in saved["rows"]} == {0.6}
     said = capsys.readouterr().out
-    assert "epochs 2.5 (paper: 9.9)" in said
+    assert "epochs 2.5 (fast recipe: 9.9)" in said
     # Nothing is done again, and no run of the other recipe is taken.
     assert command("--seeds", "3", "--epochs", "2.5", "--width", "0.5", "--out", str(out)) == 0
     assert len(trainers) == 4

@@ -153,7 +153,7 @@ def expected_decisions(network, x, config, chosen):
     calls = []
 
     def called(layer, inputs, output):
-        if output.requires_grad and kind(layer) in config.targets.split(","):
+        if output.requires_grad and kind(layer) in config.targets:
             calls.append((layer, reason_dense(layer, *inputs, config, chosen)))
 
     hooks = [layer.register_forward_hook(called) for layer in set(network.layers)]
