@@ -1,5 +1,7 @@
 """Test whole timm networks with torch.compile(model, backend="sdgp")."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -40,14 +42,18 @@ def convolutions(model):
     return {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
 
 
-@pytest.fixture
-def decisions(monkeypatch):
-    """Return the pass's decisions in real compilations, by module name."""
-    seen = {}
-    monkeypatch.setattr(
-        graph_pass, "_report", lambda graph, made: seen.update({d.module: d for d in made})
-    )
-    return seen
+@functools.cache
+def pruned_step(name):
+    """Return the decisions by module name, and the gradients, of one training step of a network."""
+    decisions = {}
+    model = make(name)
+    torch._dynamo.reset()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            graph_pass, "_report", lambda graph, made: decisions.update({d.module: d for d in made})
+        )
+        gradients = step(model, torch.compile(model, backend="sdgp", options=EAGER))
+    return decisions, gradients
 
 
 def expected_reason(name, layer, first):
@@ -59,10 +65,9 @@ def expected_reason(name, layer, first):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_every_layers_decision(name, decisions):
-    model = make(name)
-    step(model, torch.compile(model, backend="sdgp", options=EAGER))
-    layers = convolutions(model)
+def test_every_layers_decision(name):
+    decisions, _ = pruned_step(name)
+    layers = convolutions(make(name))
     first = next(iter(layers))
     assert {n: d.reason for n, d in decisions.items()} == {
         n: expected_reason(n, layer, first) for n, layer in layers.items()
@@ -75,14 +80,14 @@ def test_every_layers_decision(name, decisions):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_explain_tells_the_same_without_touching_the_model(name, decisions):
+def test_explain_tells_the_same_without_touching_the_model(name):
     model = make(name)
+    decisions = dict(pruned_step(name)[0])
     before = {key: value.clone() for key, value in model.state_dict().items()}
     explained = sdgp_fx.explain(model, torch.randn(SHAPE), options=EAGER)
     after = model.state_dict()
     assert all(torch.equal(value, after[key]) for key, value in before.items())
     assert all(p.grad is None for p in model.parameters())
-    step(model, torch.compile(model, backend="sdgp", options=EAGER))
     for explanation in explained:
         decision = decisions.pop(explanation.module).to_dict()
         assert {name: getattr(explanation, name) for name in decision} == decision
@@ -92,11 +97,8 @@ def test_explain_tells_the_same_without_touching_the_model(name, decisions):
 @pytest.mark.parametrize("name", MODELS)
 def test_last_convolutions_weight_gradient_is_bit_identical_to_the_dense_one(name):
     model = make(name)
-    state = {key: value.clone() for key, value in model.state_dict().items()}
     dense = step(model, torch.compile(model, backend="aot_eager"))
-    model.load_state_dict(state)
-    torch._dynamo.reset()
-    pruned = step(model, torch.compile(model, backend="sdgp", options=EAGER))
+    _, pruned = pruned_step(name)
     last = last_convolution(model)
     for parameter in ("weight", "bias"):
         key = f"{last}.{parameter}"
@@ -129,10 +131,8 @@ def test_all_gradients_are_those_of_the_definition(name):
     percent.
     """
     model = make(name)
-    state = {key: value.clone() for key, value in model.state_dict().items()}
     expected = step(model, eager_sdgp(model))
-    model.load_state_dict(state)
-    result = step(model, torch.compile(model, backend="sdgp", options=EAGER))
+    _, result = pruned_step(name)
     assert result.keys() == expected.keys()
     for key, grad in expected.items():
         error = (result[key] - grad).norm() / grad.norm().clamp(min=1e-6)
