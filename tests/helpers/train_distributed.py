@@ -1,11 +1,10 @@
 """Train some steps on two processes, with gloo.
 
-Run `torchrun -m tests.helpers.train_distributed SETUP FOLDER`. Each process takes its part of
-every batch. Process 0 leaves in FOLDER what it has seen.
+Run `torchrun -m tests.helpers.train_distributed FILE`. Each process takes its part of every batch,
+once in every setup. Process 0 leaves in FILE what it has seen, by setup.
 """
 
 import sys
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -110,11 +109,11 @@ def train(model, run, part=slice(None)):
     return torch.stack(losses)
 
 
-def main():
-    setup, folder = sys.argv[1:]
+def seen_in(setup):
+    """Train in a setup; return the losses, the parameters and the pruned layers' names."""
     decided = []
     graph_pass._report = lambda graph, decisions: decided.extend(decisions)
-    dist.init_process_group("gloo")
+    torch._dynamo.reset()
     rank, processes = dist.get_rank(), dist.get_world_size()
     model = make()
     losses = train(model, SETUPS[setup](model), slice(rank, None, processes))
@@ -127,10 +126,16 @@ def main():
         of_all = [torch.empty_like(parameter) for _ in range(processes)]
         dist.all_gather(of_all, parameter.contiguous())
         assert all(torch.equal(other, parameter) for other in of_all)
-    if rank == 0:
-        seen = {"state": state, "losses": losses / processes}
-        seen["pruned"] = sorted(d.module for d in decided if d.pruned)
-        torch.save(seen, Path(folder) / "seen.pt")
+    pruned = sorted(decision.module for decision in decided if decision.pruned)
+    return {"state": state, "losses": losses / processes, "pruned": pruned}
+
+
+def main():
+    (file,) = sys.argv[1:]
+    dist.init_process_group("gloo")
+    seen = {setup: seen_in(setup) for setup in SETUPS}
+    if dist.get_rank() == 0:
+        torch.save(seen, file)
     dist.destroy_process_group()
 
 

@@ -21,6 +21,12 @@ EAGER = {"sdgp.inner": "aot_eager"}
 SHAPE = (2, 3, 64, 64)
 
 
+@pytest.fixture(scope="module", params=MODELS)
+def name(request):
+    """Order the tests by network, which makes its steps once then."""
+    return request.param
+
+
 def make(name):
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=10)
@@ -64,7 +70,6 @@ def expected_reason(name, layer, first):
     return why.NOT_A_MULTIPLE if layer.out_channels // layer.groups % 4 else ""
 
 
-@pytest.mark.parametrize("name", MODELS)
 def test_every_layers_decision(name):
     decisions, _ = pruned_step(name)
     layers = convolutions(make(name))
@@ -79,7 +84,6 @@ def test_every_layers_decision(name):
     assert (why.DEPTHWISE in dense_kinds) == (name == "convnext_atto")
 
 
-@pytest.mark.parametrize("name", MODELS)
 def test_explain_tells_the_same_without_touching_the_model(name):
     model = make(name)
     decisions = dict(pruned_step(name)[0])
@@ -94,7 +98,6 @@ def test_explain_tells_the_same_without_touching_the_model(name):
     assert not decisions
 
 
-@pytest.mark.parametrize("name", MODELS)
 def test_last_convolutions_weight_gradient_is_bit_identical_to_the_dense_one(name):
     model = make(name)
     dense = step(model, torch.compile(model, backend="aot_eager"))
@@ -123,7 +126,6 @@ def last_convolution(model):
     return order[-1]
 
 
-@pytest.mark.parametrize("name", MODELS)
 def test_all_gradients_are_those_of_the_definition(name):
     """Gradients are those of SDGP in eager mode.
 

@@ -276,9 +276,9 @@ def test_under_autocast(dtype):
 
 
 MODELS = {
-    "vit_tiny_patch16_224": {"img_size": 64},
-    "swin_tiny_patch4_window7_224": {"img_size": 64, "window_size": 2},
-    "convnext_tiny": {},
+    "vit_tiny_patch16_224": {"img_size": 64, "depth": 2},
+    "swin_tiny_patch4_window7_224": {"img_size": 64, "window_size": 2, "depths": (1, 2, 1, 1)},
+    "convnext_tiny": {"depths": (1, 2, 1, 1)},
     "mixer_s32_224": {"img_size": 64},
 }
 
