@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-timm = pytest.importorskip("timm", reason="needs timm")
+pytest.importorskip("timm", reason="needs timm")
 pytest.importorskip("triton", reason="needs Triton")
 
 import sdgp_fx
@@ -98,8 +98,10 @@ def test_an_own_kernel_is_counted():
 @pytest.mark.slow
 def test_a_residual_network_writes_the_pruned_gradients_and_no_more(monkeypatch):
     """A launch, a transposing copy, or a second read of a gradient more would show here."""
+    from timm import create_model
+
     blocks = {"layers": (1, 1, 1, 1)}
-    monkeypatch.setattr(Workload, "build", lambda self: timm.create_model(self.model, **blocks))
+    monkeypatch.setattr(Workload, "build", lambda self: create_model(self.model, **blocks))
     (row,) = traffic.compare(Workload("resnet18", 256, 224), SDGPConfig(**RESCALED))
     assert row["layers"] == 11
     assert row["extra_launches"] == row["extra_kernels"] == 0
