@@ -31,7 +31,7 @@ def find_origins(graph: fx.Graph, held: Collection[int]) -> Origins:
         inputs = node.all_input_nodes
         if node.op == "placeholder":
             position = _position(node.meta.get("desc"))
-            if position in held:
+            if position is not None and position in held:
                 origins[node] = frozenset({position})
         elif node.op == "call_function" and inputs and all(i in origins for i in inputs):
             origins[node] = frozenset().union(*(origins[i] for i in inputs))
@@ -48,7 +48,7 @@ def why_no_layer(graph: fx.Graph, origins: Origins) -> dict[int, str]:
         A reason for each position that the graph has.
     """
     backward = _backward_nodes(graph)
-    users = defaultdict(set)
+    users: dict[int, set[fx.Node]] = defaultdict(set)
     for node, positions in origins.items():
         outside = {user for user in node.users if user not in origins and user.op != "output"}
         for position in positions:
@@ -69,8 +69,11 @@ def _backward_nodes(graph: fx.Graph) -> set[fx.Node]:
     """Find the nodes that are computed from gradients of the graph's outputs."""
     found: set[fx.Node] = set()
     for node in graph.nodes:
-        is_tangent = node.op == "placeholder" and node.target.startswith("tangents")
-        if is_tangent or (node.op == "call_function" and not found.isdisjoint(node.all_input_nodes)):
+        if node.op == "placeholder":
+            is_backward = node.target.startswith("tangents")
+        else:
+            is_backward = node.op != "output" and not found.isdisjoint(node.all_input_nodes)
+        if is_backward:
             found.add(node)
     return found
 

@@ -4,7 +4,8 @@
     sum|g|, sum|g| where p != 0, sum g^2, sum (p - g)^2, sum p g          of every layer
     sdgp.record([...], step, ...)
 
-step is that of the forward, which reads it and saves it like an activation. The sums are ordinary operators: Inductor computes all of a layer's in one loop over g and p.
+step is that of the forward, which reads it and saves it like an activation. The sums are ordinary
+operators: Inductor computes all of a layer's in one loop over g and p.
 """
 
 from __future__ import annotations
