@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import os
+import warnings
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
@@ -57,6 +59,14 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if not isinstance(value, str) or value not in choices:
         listed = ", ".join(map(repr, choices))
         raise ValueError(f"{name}: expected one of {listed}, got {_shown(value)}")
+
+
+def matches(module_name: str, glob: str) -> bool:
+    """Return whether a pattern of include or exclude is this name, or matches it.
+
+    A name may have characters with a meaning in patterns, as "d.a[0]".
+    """
+    return module_name == glob or fnmatchcase(module_name, glob)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -118,9 +128,14 @@ class SDGPConfig:
 
     def selects(self, module_name: str) -> bool:
         """Return whether include and exclude let the module of this name be pruned."""
-        return any(fnmatchcase(module_name, glob) for glob in self.include) and not any(
-            fnmatchcase(module_name, glob) for glob in self.exclude
+        return any(matches(module_name, glob) for glob in self.include) and not any(
+            matches(module_name, glob) for glob in self.exclude
         )
+
+    @property
+    def has_rules(self) -> bool:
+        """Whether include and exclude leave anything out."""
+        return self.include != ("*",) or bool(self.exclude)
 
     @classmethod
     def from_options(
@@ -141,6 +156,7 @@ class SDGPConfig:
             ValueError: There is an unknown "sdgp." key, or a value that the class refuses.
         """
         environ = os.environ if environ is None else environ
+        _warn_of_unknown_variables(environ)
         fields = [field.name for field in dataclasses.fields(cls)]
         known = [f"{_PREFIX}{name}" for name in fields]
         options = dict(options or {})
@@ -166,6 +182,22 @@ class SDGPConfig:
             if not variables:
                 raise
             raise ValueError(f"{error} (the environment has {', '.join(variables)})") from None
+
+
+def _warn_of_unknown_variables(environ: Mapping[str, str]) -> None:
+    """Warn of variables that are ours by their names, but none that we read."""
+    known = [f"SDGP_{field.name.upper()}" for field in dataclasses.fields(SDGPConfig)]
+    for variable in environ:
+        upper = variable.upper()
+        if not upper.startswith("SDGP") or variable in known:
+            continue
+        close = difflib.get_close_matches(upper, known, 3, cutoff=0.75)
+        hint = f"; close to it: {', '.join(close)}" if close else ""
+        warnings.warn(
+            f"{variable}: expected one of {', '.join(known)}, got an unknown name, which is "
+            f"ignored{hint}",
+            stacklevel=4,
+        )
 
 
 def _integer(variable: str, text: str) -> int:

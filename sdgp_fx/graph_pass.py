@@ -20,7 +20,9 @@ from torch._logging import trace_structured
 from .config import SDGPConfig
 from .passes.decisions import Decision
 from .passes.marks import is_pruned
+from .passes.module_names import ModuleNames
 from .passes.prune_input_grads import prune_input_grads
+from .passes.rules import patterns_above_layers
 from .passes.statistics import record_statistics
 
 log = logging.getLogger(__name__)
@@ -68,7 +70,7 @@ class PruneInputGrads(CustomGraphPass):
     Args:
         config: What is pruned, and how.
         before: Passes that the user has put into the same place; they run first.
-        roots: From `module_roots`, where the names of layers start.
+        names: `module_names` of Dynamo's graph.
         monitor: Key of the receiver of the statistics, as for `record_statistics`; None records
             none.
         dense_half_first: As for `prune_input_grads`.
@@ -78,13 +80,13 @@ class PruneInputGrads(CustomGraphPass):
         self,
         config: SDGPConfig,
         before: Sequence[Callable[[fx.Graph], Any]] = (),
-        roots: Collection[str] = (),
+        names: ModuleNames = ModuleNames(),  # noqa: B008 (It is frozen.)
         monitor: str | None = None,
         dense_half_first: Collection[str] = (),
     ) -> None:
         self.config = config
         self.before = tuple(before)
-        self.roots = frozenset(roots)
+        self.names = names
         self.monitor = monitor
         self.dense_half_first = frozenset(dense_half_first)
         self.runs = 0
@@ -93,15 +95,21 @@ class PruneInputGrads(CustomGraphPass):
         self.runs += 1
         for other in self.before:
             other(graph)
-        _report(graph, self._rewrite_observed(graph))
+        decisions = self._rewrite_observed(graph)
+        _report(graph, decisions)
+        decided = {decision.module for decision in decisions}
+        for message in patterns_above_layers(self.config, self.names, decided):
+            warnings.warn(message, stacklevel=2)
 
     def uuid(self) -> Any | None:
         """Return the pass's part of the cache key; None has Inductor compile without caches."""
         others = [p.uuid() if isinstance(p, CustomGraphPass) else None for p in self.before]
         if None in others:
             return None
-        sets = sorted(self.roots), sorted(self.dense_half_first)
-        decisive = repr((self.config, *sets, self.monitor))
+        names = None
+        if self.config.has_rules or self.monitor is not None:  # Names decide, or are in the code.
+            names = self.names.decisive()
+        decisive = repr((self.config, names, sorted(self.dense_half_first), self.monitor))
         return (get_hash_for_files(_SOURCES, decisive), *others)
 
     @contextmanager
@@ -114,9 +122,9 @@ class PruneInputGrads(CustomGraphPass):
                 observer.on_cached()
 
     def _rewrite(self, graph: fx.Graph) -> list[Decision]:
-        decisions = prune_input_grads(graph, self.config, self.roots, self.dense_half_first)
+        decisions = prune_input_grads(graph, self.config, self.names, self.dense_half_first)
         if self.monitor is not None:
-            record_statistics(graph, self.monitor, self.roots)
+            record_statistics(graph, self.monitor)
         return decisions
 
     def _rewrite_observed(self, graph: fx.Graph) -> list[Decision]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, cast
 
 from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -13,9 +14,14 @@ from .layers import Layer, plain_sizes
 from .marks import DECISION, find_pruned
 from .profit import is_profitable
 
+# Stands for a name; no module can have it.
+UNKNOWN = "(unknown)"
+
 NO_INPUT_GRADIENT = "no input gradient"
 KEEPS_ALL = "n = m keeps every value"
 EXCLUDED = "excluded by a rule"
+NAME_NOT_KNOWN = "name not known, and there are rules"
+SHARED = "shares its graph with a layer that is excluded by a rule"
 DTYPE = "dtype not supported"
 DEPTHWISE = "depthwise, one output channel a group"
 NOT_A_MULTIPLE = "C_out per group is not a multiple of m"
@@ -31,9 +37,10 @@ class Decision:
     """What becomes of one layer.
 
     Attributes:
-        module: The layer's name in `named_modules()`; that of the module around it for a layer
-            without a module of its own, "" for the compiled module itself. A module that is
-            registered under several names may go by any of them.
+        module: The layer's name in `named_modules()`, the first of several; that of the module
+            around it for a layer without a module of its own, "" for the compiled module itself.
+            UNKNOWN if it is not known. All names, with commas, if the layer stands for several:
+            in a region that is compiled once and called with several modules.
         kind: "conv" or "linear".
         grad_output_shape: (N, C_out, *spatial), of a linear layer (rows, out_features) or
             (batch, rows, out_features); a symbolic size is its symbol's name.
@@ -59,20 +66,20 @@ class Decision:
         return {name: getattr(self, name) for name in names}
 
 
-def decide(layer: Layer, module: str, config: SDGPConfig) -> Decision:
+def decide(layer: Layer, names: Sequence[str], config: SDGPConfig) -> Decision:
     """Decide what becomes of layer; of one that is pruned already, return what was decided then.
 
     Args:
-        module: The layer's name.
+        names: The layer's name, as from `ModuleNames.of`.
     """
     pruned = find_pruned(layer.grad_output)
     if pruned is not None and DECISION in pruned.meta:
         return dataclasses.replace(cast(Decision, pruned.meta[DECISION]), layer=layer)
-    reason = "" if layer.is_pruned else why_not_possible(layer, module, config)
+    reason = "" if layer.is_pruned else why_not_possible(layer, names, config)
     if not reason and not layer.is_pruned and config.layers == "profitable":
         reason = "" if is_profitable(layer, config) else NOT_PROFITABLE[config.structure]
     return Decision(
-        module=module,
+        module=", ".join(names) if names else UNKNOWN,
         kind=layer.kind,
         grad_output_shape=plain_sizes(layer.grad_output.meta["val"].shape),
         weight_shape=plain_sizes(layer.weight_shape),
@@ -84,15 +91,15 @@ def decide(layer: Layer, module: str, config: SDGPConfig) -> Decision:
     )
 
 
-def why_not_possible(layer: Layer, module: str, config: SDGPConfig) -> str:
+def why_not_possible(layer: Layer, names: Sequence[str], config: SDGPConfig) -> str:
     """Return why the layer cannot, or must not, be pruned; "" if it can."""
     grad_output = layer.grad_output.meta["val"]
     if not layer.has_input_grad:
         return NO_INPUT_GRADIENT
     if config.n == config.m:
         return KEEPS_ALL
-    if not config.selects(module):
-        return EXCLUDED
+    if why := why_not_selected(names, config):
+        return why
     if not op.supports_dtype(grad_output.dtype, grad_output.device):
         return DTYPE
     if layer.is_depthwise:
@@ -102,6 +109,20 @@ def why_not_possible(layer: Layer, module: str, config: SDGPConfig) -> str:
     if config.structure == "channel" and not isinstance(layer.channels, int):
         return NOT_STATIC
     return ""
+
+
+def why_not_selected(names: Sequence[str], config: SDGPConfig) -> str:
+    """Return why the rules leave a layer dense; "" if they don't.
+
+    Args:
+        names: As from `ModuleNames.of`.
+    """
+    if not names:
+        return NAME_NOT_KNOWN if config.has_rules else ""
+    selected = [config.selects(name) for name in names]
+    if all(selected):
+        return ""
+    return SHARED if any(selected) else EXCLUDED
 
 
 def has_whole_groups(channels: Any, groups: int, m: int) -> bool:

@@ -29,7 +29,7 @@ from .graph import add_call, compute
 from .layers import Layer
 from .linears import find_linears
 from .marks import DECISION
-from .module_names import module_of
+from .module_names import ModuleNames
 
 
 class Structure(NamedTuple):
@@ -52,7 +52,7 @@ FINDERS: dict[str, Callable[[fx.Graph], Sequence[Layer]]] = {
 def prune_input_grads(
     graph: fx.Graph,
     config: SDGPConfig,
-    roots: Collection[str] = (),
+    names: ModuleNames = ModuleNames(),  # noqa: B008 (It is frozen.)
     dense_half_first: Collection[str] = (),
 ) -> list[Decision]:
     """Rewrite a joint graph in place.
@@ -60,7 +60,7 @@ def prune_input_grads(
     Args:
         graph: ATen operators with `meta["val"]`, as AOTAutograd makes it. One that has been
             rewritten before is left as it is, with the same decisions.
-        roots: `module_roots` of Dynamo's graph, from which the layers' names start.
+        names: `module_names` of Dynamo's graph.
         dense_half_first: Device types on which a convolution's weight gradient comes ahead of the
             prune in the graph.
 
@@ -68,9 +68,7 @@ def prune_input_grads(
         A decision for each layer, in the graph's order.
     """
     structure = STRUCTURES[config.structure]
-    decisions = [
-        decide(layer, module_of(layer.node, roots), config) for layer in find_layers(graph, config)
-    ]
+    decisions = [decide(layer, names.of(layer), config) for layer in find_layers(graph, config)]
     to_prune = [
         (decision.layer, decision)
         for decision in decisions

@@ -10,7 +10,6 @@ The sums are ordinary operators: Inductor computes all of a layer's in one loop 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
 from typing import Any, cast
 
 import torch
@@ -20,15 +19,14 @@ from ..kernels.op import PRUNE_NM
 from ..kernels.record import RECORD
 from ..kernels.reference import accumulation_dtype
 from .graph import add_call, compute
-from .marks import FACTOR_IN_WEIGHT
-from .module_names import module_of
+from .marks import DECISION, FACTOR_IN_WEIGHT
 
 aten = torch.ops.aten
 
 SUMS = ("norm", "kept_norm", "square", "squared_error", "product")
 
 
-def record_statistics(graph: fx.Graph, key: str, roots: Collection[str] = ()) -> None:
+def record_statistics(graph: fx.Graph, key: str) -> None:
     """Add SUMS of every pruned gradient to a graph that went through `prune_input_grads`.
 
     A graph that nothing is pruned in, and one that records already, are left as they are.
@@ -36,13 +34,12 @@ def record_statistics(graph: fx.Graph, key: str, roots: Collection[str] = ()) ->
     Args:
         key: Key of the receiver in `kernels.record`. It gets the layers' names as JSON, and their
             sums one layer after the other.
-        roots: As for `prune_input_grads`.
     """
     pruned = graph.find_nodes(op="call_function", target=PRUNE_NM)
     if not pruned or graph.find_nodes(op="call_function", target=RECORD):
         return
     sums = [total for node in pruned for total in _sums(node)]
-    layers = json.dumps([module_of(node, roots) for node in pruned])
+    layers = json.dumps([node.meta[DECISION].module for node in pruned])
     add_call(RECORD, (sums, key, layers), None, _reader(pruned[-1]))
     graph.lint()
 
