@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -110,11 +110,15 @@ def _inductor(
         return compile_graph(gm, example_inputs)
 
 
-def aot_eager(rewrite: Callable[[fx.Graph], Any]) -> Callable[..., Any]:
+def aot_eager(
+    rewrite: Callable[[fx.Graph], Any],
+    decompositions: Mapping[Any, Callable[..., Any]] | None = None,
+) -> Callable[..., Any]:
     """Return a backend that is the stock "aot_eager", with rewrite in between.
 
     Args:
         rewrite: Gets every joint graph before its split, and every inference graph, to change it.
+        decompositions: Of operators, for graphs as another compiler has them; none by default.
     """
 
     def partition(joint: fx.GraphModule, inputs: Any, **kwargs: Any) -> Any:
@@ -133,4 +137,5 @@ def aot_eager(rewrite: Callable[[fx.Graph], Any]) -> Callable[..., Any]:
         inference_compiler=compile_inference,
         partition_fn=partition,
         keep_inference_input_mutations=True,
+        decompositions=decompositions or {},
     )

@@ -5,31 +5,58 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import gc
 import inspect
 import random
 import sys
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list, reset_code
+from torch._decomp.decompositions_for_rng import PhiloxStateTracker
 from torch._dynamo.convert_frame import register_bytecode_hook
-from torch._dynamo.utils import counters
+from torch._dynamo.eval_frame import cached_backends
+from torch._dynamo.utils import counters, get_metrics_context
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
-    FakeCopyMode,
+    FakeTensor,
     FakeTensorMode,
+    UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
 )
-from torch.utils._pytree import tree_map_only
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .fake_copy import fake_copy
+from .python_state import python_state_kept
 
 aten = torch.ops.aten
 
-# Takes a graph of Dynamo's, its inputs, and the names of the modules that own some of these.
-Backend = Callable[[fx.GraphModule, Sequence[Any], set[str]], Callable[..., Any]]
+# What operators, and errors that reach Python without their type, say of tensors without values.
+_NO_VALUES = (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
+)
+_NO_VALUES_WORDS = ("(e.g. FakeTensor", "Meta tensors", "'Meta' backend", "tensor subclasses")
+
+
+class Held(NamedTuple):
+    """A parameter or buffer: its module's name, and its own in that module."""
+
+    module: str
+    name: str
+
+
+# Takes a graph of Dynamo's, its inputs, and what the model holds of these, by position.
+Backend = Callable[
+    [fx.GraphModule, Sequence[Any], Mapping[int, Sequence[Held]]], Callable[..., Any]
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,21 +83,24 @@ class Product:
         module: Name of the module whose parameter the weight is.
         kind: "conv" or "linear".
         compiled: Whether it runs in a graph; in eager mode otherwise.
-        input, weight, output: Fake tensors, the weight as the product reads it.
+        input_shape, weight_shape, output_shape: Shapes, the weight's as the product reads it.
+        has_input_grad, has_weight_grad: Whether these have a gradient, in eager mode.
         groups, transposed: Those of the convolution.
     """
 
     module: str
     kind: str
     compiled: bool
-    input: Tensor
-    weight: Tensor
-    output: Tensor
+    input_shape: tuple[Any, ...]
+    weight_shape: tuple[Any, ...]
+    output_shape: tuple[Any, ...]
+    has_input_grad: bool
+    has_weight_grad: bool
     groups: int = 1
     transposed: bool = False
 
 
-class DryRun(FakeTensorMode):
+class DryRun:
     """Run a model on tensors that have shapes and no values.
 
     Args:
@@ -80,85 +110,95 @@ class DryRun(FakeTensorMode):
         in_eager, in_graphs: Names of the modules whose parameters eager mode, and graphs, used.
         graph_breaks: The graph breaks that Dynamo has reported.
         has_guessed: Whether the model asked for a tensor's value, and got 1.
+        stopped: The error that ended the run for want of values; "" if there was none.
+        left: How many tensors without values something outside of the model still holds.
     """
 
     def __init__(self, on_product: Callable[[Product], None]) -> None:
-        super().__init__()
         self.on_product = on_product
         self.in_eager: set[str] = set()
         self.in_graphs: set[str] = set()
         self.graph_breaks: list[GraphBreak] = []
         self.has_guessed = False
-        self._owners: dict[int, str] = {}
-        self._is_compiling = False
+        self.stopped = ""
+        self.left = 0
+        self._held: dict[int, tuple[Tensor, list[Held]]] = {}  # A tensor keeps its id alive.
         self._is_in_graph = False
 
-    def run(self, model: nn.Module, inputs: Sequence[Any], backend: Backend) -> str:
+    def run(
+        self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], backend: Backend
+    ) -> None:
         """Run a copy of model, compiled by backend.
 
         Args:
-            inputs: What model.forward takes; tensors may be real ones.
+            args, kwargs: What model.forward takes; tensors may be real ones.
             backend: Compiles each graph of Dynamo's.
 
-        Returns:
-            The error that stopped the run for want of values; "" if there was none.
-
         Raises:
-            Exception: Whatever else the model raises.
+            Exception: What the model raises, where it isn't for want of values.
         """
-        with FakeCopyMode(self):
-            fake_model = copy.deepcopy(model)
-        fake_inputs = tree_map_only(Tensor, self.from_tensor, inputs)
-        for name, module in fake_model.named_modules():
-            for parameter in module.parameters(recurse=False):
-                self._owners.setdefault(id(parameter), name)
-
-        def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
-            owners = self._owners_of(example_inputs)
-            self.in_graphs |= owners
-            self._note_end(gm)
-            with self._set("_is_compiling"):
-                compiled = backend(gm, example_inputs, owners)
-
-            def run_graph(*args: Any) -> Any:
-                with self._set("_is_in_graph"):
-                    return compiled(*args)
-
-            return run_graph
-
-        def run(*args: Any) -> Any:
-            return fake_model(*args)
-
-        stopped = ""
-        with as_it_was(), torch.inference_mode(False), torch.enable_grad(), self:
-            try:
-                _compile(run, compile_graph)(*fake_inputs)
-            except (DataDependentOutputException, DynamicOutputShapeException) as error:
-                stopped = f"{type(error).__name__}: {error}"
-            self._note_breaks_without_graphs()
-        return stopped
-
-    def _owners_of(self, tensors: Sequence[Any]) -> set[str]:
-        """Return the names of the modules that have one of tensors as a parameter."""
-        return {self._owners[id(x)] for x in tensors if id(x) in self._owners}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # The model may use tensors that it doesn't hold, and that its copy therefore hasn't.
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
         try:
-            result = super().__torch_dispatch__(func, types, args, kwargs)
-        except DataDependentOutputException:
-            if self._is_compiling or func is not aten._local_scalar_dense.default:
+            with as_it_was(), python_state_kept(model):
+                self._run(model, args, kwargs, backend, mode)
+        except Exception as error:
+            if not (self.has_guessed or _wants_values(error)):
                 raise
-            self.has_guessed = True
-            dtype = args[0].dtype
-            return True if dtype is torch.bool else 1.0 if dtype.is_floating_point else 1
-        if not self._is_compiling:
-            if not self._is_in_graph:
-                self.in_eager |= self._owners_of(args)
-            self._note_product(func, args, result)
-        return result
+            self.stopped = f"{type(error).__name__}: {_first_line(str(error))}"
+        self._held.clear()
+        gc.collect()
+        alive = (thing for thing in gc.get_objects() if issubclass(type(thing), FakeTensor))
+        self.left = sum(tensor.fake_mode is mode for tensor in alive)
 
-    def _note_product(self, func: Any, args: Any, output: Any) -> None:
-        """Report an operator that is a convolution or a matrix product with a parameter."""
+    def _run(
+        self,
+        model: nn.Module,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        backend: Backend,
+        mode: FakeTensorMode,
+    ) -> None:
+        with torch.inference_mode(False), torch.enable_grad():
+            model, args, kwargs = fake_copy((model, args, kwargs), mode)
+            for name, module in model.named_modules():
+                for parts in (module.named_parameters, module.named_buffers):
+                    for part, tensor in parts(recurse=False):
+                        _, holders = self._held.setdefault(id(tensor), (tensor, []))
+                        holders.append(Held(without_wrappers(name), part))
+
+            def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
+                held = {i: h for i, x in enumerate(example_inputs) if (h := self._holders(x))}
+                self.in_graphs.update(holder.module for each in held.values() for holder in each)
+                self._note_end(gm)
+                compiled = backend(gm, example_inputs, held)
+
+                def run_graph(*args: Any) -> Any:
+                    self._is_in_graph = True
+                    try:
+                        return compiled(*args)
+                    finally:
+                        self._is_in_graph = False
+
+                return run_graph
+
+            def run(*args: Any, **kwargs: Any) -> Any:
+                return model(*args, **kwargs)
+
+            try:
+                with mode, _Watch(self._on_operator, self._on_value):
+                    _compile(run, compile_graph)(*args, **kwargs)
+            finally:
+                self._note_breaks_without_graphs()
+
+    def _holders(self, tensor: Any) -> list[Held]:
+        """Return the parameters and buffers that tensor is, if it is one."""
+        return self._held.get(id(tensor), (tensor, []))[1]
+
+    def _on_operator(self, func: Any, args: Sequence[Any], output: Any) -> None:
+        """Note the modules that eager mode uses, and report convolutions and matrix products."""
+        if not self._is_in_graph:
+            self.in_eager.update(h.module for x in args for h in self._holders(x))
         settings: tuple[Any, ...] = ()
         if func is aten.convolution.default:
             kind, (x, weight), (transposed, _, groups) = "conv", args[:2], args[6:]
@@ -167,8 +207,18 @@ class DryRun(FakeTensorMode):
             kind, (x, weight) = "linear", args[-2:]
         else:
             return
-        for module in self._owners_of([weight if weight._base is None else weight._base]):
-            self.on_product(Product(module, kind, self._is_in_graph, x, weight, output, *settings))
+        holders = self._holders(weight if weight._base is None else weight._base)
+        shapes = (tuple(tensor.shape) for tensor in (x, weight, output))
+        trains = x.requires_grad, weight.requires_grad
+        for holder in holders[:1]:
+            self.on_product(
+                Product(holder.module, kind, self._is_in_graph, *shapes, *trains, *settings)
+            )
+
+    def _on_value(self, dtype: torch.dtype) -> bool | int | float:
+        """Guess the value of a tensor that the model asks for."""
+        self.has_guessed = True
+        return True if dtype is torch.bool else 1.0 if dtype.is_floating_point else 1
 
     def _note_end(self, gm: fx.GraphModule) -> None:
         """Note why a graph of Dynamo's ends where it does."""
@@ -184,15 +234,53 @@ class DryRun(FakeTensorMode):
         reasons = dict.fromkeys(map(_first_line, counters["graph_break"]))
         self.graph_breaks += [GraphBreak(reason, "") for reason in reasons if reason not in known]
 
-    @contextlib.contextmanager
-    def _set(self, flag: str) -> Iterator[None]:
-        """Set an attribute to True inside."""
-        before = getattr(self, flag)
-        setattr(self, flag, True)
+
+class _Watch(TorchDispatchMode):
+    """Watch the operators that run, in eager mode and in graphs, but not while Dynamo compiles.
+
+    Args:
+        on_operator: Called with each operator, its arguments and its result.
+        on_value: Called with the dtype of a tensor whose value is asked for, to supply one.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(
+        self,
+        on_operator: Callable[[Any, Sequence[Any], Any], None],
+        on_value: Callable[[torch.dtype], bool | int | float],
+    ) -> None:
+        super().__init__()
+        self._on_operator = on_operator
+        self._on_value = on_value
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         try:
-            yield
-        finally:
-            setattr(self, flag, before)
+            result = func(*args, **(kwargs or {}))
+        except DataDependentOutputException:
+            if func is not aten._local_scalar_dense.default:
+                raise
+            return self._on_value(args[0].dtype)
+        self._on_operator(func, args, result)
+        return result
+
+
+def _wants_values(error: BaseException | None) -> bool:
+    """Whether error, or what caused it, is because tensors have no values."""
+    while error is not None:
+        if isinstance(error, _NO_VALUES) or any(word in str(error) for word in _NO_VALUES_WORDS):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def without_wrappers(path: str) -> str:
+    """Return a module's name as decisions have it, whatever in the model is compiled itself."""
+    return ".".join(part for part in path.split(".") if part != "_orig_mod")
 
 
 def _first_line(reason: str) -> str:
@@ -218,7 +306,8 @@ def as_it_was() -> Iterator[None]:
     """Restore at the end what running and compiling a model changes outside of it.
 
     That is Dynamo's counters, which start out empty; what it compiles of functions of which it
-    had compiled nothing before; and the random states of torch, Python and NumPy.
+    had compiled nothing before, and the backends that it keeps for that; what AOTAutograd keeps
+    of the latest graph; and the random states of torch, Python and NumPy.
     """
     is_new: dict[int, tuple[types.CodeType, bool]] = {}  # Equal code objects are no less two.
 
@@ -227,6 +316,7 @@ def as_it_was() -> Iterator[None]:
 
     counted = copy.deepcopy(counters)
     counters.clear()
+    backends = dict(cached_backends)
     numpy: Any = sys.modules.get("numpy")
     numpy_state = numpy.random.get_state() if numpy else None
     python_state = random.getstate()
@@ -245,3 +335,7 @@ def as_it_was() -> Iterator[None]:
             numpy.random.set_state(numpy_state)
         counters.clear()
         counters.update(counted)
+        cached_backends.clear()
+        cached_backends.update(backends)
+        PhiloxStateTracker.reset()
+        get_metrics_context()._edits.clear()  # They have the frames that were compiled.

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import sdgp_fx
 from sdgp_fx import Explanation, explain
 from sdgp_fx.cli import main as command
-from sdgp_fx.inspection.explain import NO_GRADIENT, NOT_COMPILED, NOT_RUN
+from sdgp_fx.inspection.explain import NO_GRADIENT, NOT_COMPILED, NOT_KNOWN, NOT_RUN
 from sdgp_fx.inspection.report import KEPT, SAVED
 from sdgp_fx.measurement.networks import Uninitialized
 
@@ -214,8 +214,8 @@ def test_sizes_that_depend_on_data(is_captured):
         assert isinstance(last.grad_output_shape[0], str)
         assert last.multiply_adds.saved is None
     else:
-        assert last.reason == NOT_RUN
-        assert any("could not be followed" in warning for warning in rows.warnings)
+        assert last.reason == NOT_KNOWN
+        assert any("could not follow" in warning for warning in rows.warnings)
     assert json.loads(json.dumps(rows.to_dict()))["layers"][0]["module"] == "first"
     assert "?" in str(rows) or not is_captured
 

@@ -1,0 +1,93 @@
+"""Find what a graph of AOTAutograd does with the weights that modules hold."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Mapping
+
+from torch import fx
+from torch._ops import HigherOrderOperator
+
+# Why a weight that is an input of a graph is the weight of no layer in it.
+NO_GRADIENT = "no gradient flows through it"
+NESTED = "in a nested graph, as those of torch.cond, which is left as it is"
+OTHER_OPERATORS = "its weight is used by other operators than a layer's"
+
+Origins = Mapping[fx.Node, frozenset[int]]
+
+
+def find_origins(graph: fx.Graph, held: Collection[int]) -> Origins:
+    """Find the nodes that are computed from tensors of the model alone, as merged weights are.
+
+    Args:
+        graph: As AOTAutograd makes it, joint or not.
+        held: Positions, among the inputs of Dynamo's graph, of what the model holds.
+
+    Returns:
+        For each of these nodes the positions that it is computed from.
+    """
+    origins: dict[fx.Node, frozenset[int]] = {}
+    for node in graph.nodes:
+        inputs = node.all_input_nodes
+        if node.op == "placeholder":
+            position = _position(node.meta.get("desc"))
+            if position in held:
+                origins[node] = frozenset({position})
+        elif node.op == "call_function" and inputs and all(i in origins for i in inputs):
+            origins[node] = frozenset().union(*(origins[i] for i in inputs))
+    return origins
+
+
+def why_no_layer(graph: fx.Graph, origins: Origins) -> dict[int, str]:
+    """Say of each tensor of the model why it is no layer's weight, should it be none.
+
+    Args:
+        origins: From `find_origins` of the same graph.
+
+    Returns:
+        A reason for each position that the graph has.
+    """
+    backward = _backward_nodes(graph)
+    users = defaultdict(set)
+    for node, positions in origins.items():
+        outside = {user for user in node.users if user not in origins and user.op != "output"}
+        for position in positions:
+            users[position] |= outside
+    trained = _positions_with_gradient(graph)
+    reasons = {}
+    for position, nodes in users.items():
+        if position not in trained and nodes.isdisjoint(backward):
+            reasons[position] = NO_GRADIENT
+        elif any(isinstance(node.target, HigherOrderOperator) for node in nodes):
+            reasons[position] = NESTED
+        else:
+            reasons[position] = OTHER_OPERATORS
+    return reasons
+
+
+def _backward_nodes(graph: fx.Graph) -> set[fx.Node]:
+    """Find the nodes that are computed from gradients of the graph's outputs."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        is_tangent = node.op == "placeholder" and node.target.startswith("tangents")
+        if is_tangent or (node.op == "call_function" and not found.isdisjoint(node.all_input_nodes)):
+            found.add(node)
+    return found
+
+
+def _positions_with_gradient(graph: fx.Graph) -> set[int | None]:
+    """Find the inputs of Dynamo's graph whose gradients the graph returns."""
+    output = graph.output_node()
+    returned = zip(output.args[0], output.meta.get("desc", ()), strict=False)  # type: ignore[arg-type]
+    return {
+        _position(desc.grad_of)
+        for value, desc in returned
+        if value is not None and hasattr(desc, "grad_of")
+    }
+
+
+def _position(desc: object) -> int | None:
+    """Return the position among Dynamo's inputs of what AOTAutograd describes; None if unknown."""
+    while hasattr(desc, "base"):  # A tensor within a subclass.
+        desc = desc.base
+    return getattr(desc, "idx", None)
