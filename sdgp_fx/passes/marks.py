@@ -14,10 +14,13 @@ aten = torch.ops.aten
 # On the grad_output of a pruned layer, as its product reads it: the layer's Decision.
 DECISION = "sdgp_decision"
 
+# On a node that computes an input gradient and skips the zeros: the layer's Decision.
+COMPUTES = "sdgp_computes"
+
 # On a node that keeps the dense gradient of a layer, whose input gradient another node computes.
 DENSE_HALF = "sdgp_dense_half"
 
-# On a prune_nm node: the factors of its channels that the weight was multiplied by in its place.
+# On a node that prunes elements: the factors of its channels that the weight was multiplied by in its place.
 FACTOR_IN_WEIGHT = "sdgp_factor_in_weight"
 
 VIEWS = (aten.view.default, aten._unsafe_view.default)

@@ -1,0 +1,1 @@
+"""Products that skip the zeros of a pruned gradient."""
