@@ -20,7 +20,7 @@ COMPUTES = "sdgp_computes"
 # On a node that keeps the dense gradient of a layer, whose input gradient another node computes.
 DENSE_HALF = "sdgp_dense_half"
 
-# On a node that prunes elements: the factors of its channels that the weight was multiplied by in its place.
+# On a node that prunes elements: the channels' factors that the weight was multiplied by instead.
 FACTOR_IN_WEIGHT = "sdgp_factor_in_weight"
 
 VIEWS = (aten.view.default, aten._unsafe_view.default)

@@ -5,9 +5,9 @@
 
     after    gx = sdgp.pruned_input_grad(gO, w, seed, ...)
 
-What the input gradient is says `prune_input_grads`; this is how it is computed. The operator prunes,
-packs and multiplies block by block, so that p never goes through memory. A layer whose product
-stays dense keeps its prune, which is fused with what produces gO.
+What the input gradient is says `prune_input_grads`; this is how it is computed. The operator
+prunes, packs and multiplies block by block, so that p never goes through memory. A layer whose
+product stays dense keeps its prune, which is fused with what produces gO.
 """
 
 from __future__ import annotations

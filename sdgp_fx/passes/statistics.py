@@ -19,6 +19,7 @@ from torch import fx
 from ..kernels.op import PRUNE_NM
 from ..kernels.record import RECORD
 from ..kernels.reference import accumulation_dtype
+from ..kernels.sparse.op import PRUNED_INPUT_GRAD
 from .graph import add_call, compute
 from .marks import FACTOR_IN_WEIGHT
 from .module_names import module_of
@@ -38,18 +39,35 @@ def record_statistics(graph: fx.Graph, key: str, roots: Collection[str] = ()) ->
             sums one layer after the other.
         roots: As for `prune_input_grads`.
     """
-    pruned = graph.find_nodes(op="call_function", target=PRUNE_NM)
-    if not pruned or graph.find_nodes(op="call_function", target=RECORD):
+    if graph.find_nodes(op="call_function", target=RECORD):
         return
-    sums = [total for node in pruned for total in _sums(node)]
-    layers = json.dumps([module_of(node, roots) for node in pruned])
-    add_call(RECORD, (sums, key, layers), None, _reader(pruned[-1]))
+    # What is pruned, and what reads it, in the order in which they are computed.
+    pruned = []
+    for node in list(graph.nodes):
+        if node.target is PRUNE_NM:
+            pruned.append((node, next(iter(node.users))))
+        elif node.target is PRUNED_INPUT_GRAD:
+            pruned.append((_prune_again(node), node))
+    if not pruned:
+        return
+    sums = [total for node, reader in pruned for total in _sums(node, reader)]
+    layers = json.dumps([module_of(node, roots) for node, _ in pruned])
+    add_call(RECORD, (sums, key, layers), None, pruned[-1][1])
     graph.lint()
 
 
-def _sums(pruned: fx.Node) -> list[fx.Node]:
-    """Compute SUMS, in float32 or float64, ahead of what reads the pruned gradient."""
-    source = _reader(pruned)
+def _prune_again(product: fx.Node) -> fx.Node:
+    """Compute what a product that skips zeros multiplies: it has the same values, bit for bit."""
+    grad_output, _, *settings = product.args[:7]
+    arguments = (grad_output, *settings, product.args[-1])
+    pruned = compute(PRUNE_NM, arguments, product)
+    if FACTOR_IN_WEIGHT in product.meta:
+        pruned.meta[FACTOR_IN_WEIGHT] = product.meta[FACTOR_IN_WEIGHT]
+    return pruned
+
+
+def _sums(pruned: fx.Node, source: fx.Node) -> list[fx.Node]:
+    """Compute SUMS, in float32 or float64, ahead of source, which reads the pruned gradient."""
     dense = cast(fx.Node, pruned.args[0])
 
     def call(target: Any, *args: Any) -> fx.Node:
@@ -73,8 +91,3 @@ def _converted(node: fx.Node, source: fx.Node) -> fx.Node:
     if dtype == wanted:
         return node
     return compute(torch.ops.prims.convert_element_type.default, (node, wanted), source)
-
-
-def _reader(pruned: fx.Node) -> fx.Node:
-    """Return the first node that reads the pruned gradient."""
-    return next(iter(pruned.users))

@@ -6,11 +6,13 @@ from torch import fx
 
 from sdgp_fx import SDGPConfig
 from sdgp_fx.kernels.op import PRUNE_NM
+from sdgp_fx.kernels.record import RECORD
 from sdgp_fx.kernels.sparse.op import PRUNED_INPUT_GRAD
 from sdgp_fx.passes import decisions as why
 from sdgp_fx.passes.convolutions import CONVOLUTION_BACKWARD
 from sdgp_fx.passes.products import skip_zeros
 from sdgp_fx.passes.prune_input_grads import prune_input_grads
+from sdgp_fx.passes.statistics import record_statistics
 
 from ..helpers.graphs import joint_graph, random_inputs, run
 from ..helpers.layers import (
@@ -27,7 +29,7 @@ SPARSE = {"product": "sparse", "targets": "conv,linear"}
 # Products of another form: of the transposed gradient, and with a weight for each sample.
 DENSE_LINEARS = ("column-major", "batched", "batched image")
 GRAPHS = {
-    **{name: convolution_graph for name in CONVOLUTIONS},
+    **dict.fromkeys(CONVOLUTIONS, convolution_graph),
     **{name: linear_graph for name in LINEARS if name not in DENSE_LINEARS},
 }
 every_graph = pytest.mark.parametrize("name", GRAPHS)
@@ -203,3 +205,29 @@ def test_a_pruned_gradient_with_another_reader_stays():
     skip_zeros(gm.graph, config)
     assert find(gm, PRUNED_INPUT_GRAD) == []
     assert output in pruned.users
+
+
+# Statistics
+
+
+@pytest.mark.parametrize("settings", [{}, {"prune": "random"}, {"rescale": "channel"}])
+def test_statistics_are_those_of_the_values_that_are_multiplied(settings):
+    """What is recorded is the same, whatever multiplies."""
+    recorded = []
+    for product in ("dense", "sparse"):
+        gm = joint_graph(Block(), torch.randn(2, 3, 9, 9))
+        inputs = random_inputs(gm)
+        rewrite(gm, product=product, **settings)
+        expected = outputs(gm, inputs)
+        record_statistics(gm.graph, "key")
+        gm.recompile()
+        torch.manual_seed(0)
+        values = run(gm, inputs)
+        (node,) = find(gm, RECORD)
+        recorded.append(([values[total.name] for total in node.args[0]], node.args[2]))
+        for mine, other in zip(outputs(gm, inputs), expected, strict=True):
+            assert torch.equal(mine, other)
+    (dense, names), (sparse, same_names) = recorded
+    assert names == same_names
+    torch.testing.assert_close(sparse[-5:], dense[-5:], rtol=1e-4, atol=0)
+    torch.testing.assert_close(sparse[:5], dense[:5], rtol=0, atol=0)

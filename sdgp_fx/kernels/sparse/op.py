@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
-from torch import Tensor
 
 from .. import reference
 
@@ -18,7 +15,21 @@ torch.library.define(
 
 
 @torch.library.impl("sdgp::pruned_input_grad", "CompositeExplicitAutograd")
-def _(grad_output, weight, seed, n, m, prune, rescale, input_size, stride, padding, dilation, transposed, groups):
+def _(
+    grad_output,
+    weight,
+    seed,
+    n,
+    m,
+    prune,
+    rescale,
+    input_size,
+    stride,
+    padding,
+    dilation,
+    transposed,
+    groups,
+):
     p = reference.prune_nm(grad_output, seed, n, m, prune, rescale)
     if grad_output.dim() == 2:
         return p @ weight
@@ -26,12 +37,36 @@ def _(grad_output, weight, seed, n, m, prune, rescale, input_size, stride, paddi
     if grad_output.dim() > 2 and grad_output.stride(1) == 1:
         x = x.to(memory_format=torch.channels_last)
     return torch.ops.aten.convolution_backward(
-        p, x, weight, None, stride, padding, dilation, transposed, [0] * len(stride), groups, [True, False, False]
+        p,
+        x,
+        weight,
+        None,
+        stride,
+        padding,
+        dilation,
+        transposed,
+        [0] * len(stride),
+        groups,
+        [True, False, False],
     )[0]
 
 
 @torch.library.register_fake("sdgp::pruned_input_grad")
-def _(grad_output, weight, seed, n, m, prune, rescale, input_size, stride, padding, dilation, transposed, groups):
+def _(
+    grad_output,
+    weight,
+    seed,
+    n,
+    m,
+    prune,
+    rescale,
+    input_size,
+    stride,
+    padding,
+    dilation,
+    transposed,
+    groups,
+):
     x = grad_output.new_empty(tuple(input_size))
     if grad_output.dim() == 4 and grad_output.stride(1) == 1:
         x = x.contiguous(memory_format=torch.channels_last)
