@@ -42,3 +42,8 @@ def find_pruned(grad_output: fx.Node) -> fx.Node | None:
 def is_pruned(grad_output: fx.Node) -> bool:
     """Whether the pass has pruned this gradient."""
     return find_pruned(grad_output) is not None
+
+
+def is_rewritten(node: fx.Node) -> bool:
+    """Whether the pass has made this node, or what it reads, from a layer that is pruned."""
+    return COMPUTES in node.meta or is_pruned(node)

@@ -50,6 +50,32 @@ def is_profitable(layer: Layer, config: SDGPConfig) -> bool:
     return statically_known_true(layer.macs_per_grad_value * (1 - kept) >= least)
 
 
+class SparseCost(NamedTuple):
+    """What a product that skips zeros costs, in multiply-adds of the dense one.
+
+    Attributes:
+        mac: Per multiply-add that it makes: it loads a vector for each.
+        value: Per value of grad_output, which is pruned and packed.
+        call: Per layer.
+    """
+
+    mac: float
+    value: float
+    call: float
+
+
+SPARSE_COST = {"cpu": SparseCost(1.35, 60, 1e6)}
+
+
 def is_sparse_faster(layer: Layer, config: SDGPConfig) -> bool:
-    """Whether the product that skips zeros is expected to take less time than the dense one."""
-    return config.n / config.m <= 0.5 and layer.groups == 1
+    """Whether the product that skips zeros is expected to take less time than the dense one.
+
+    Symbolic sizes count as large ones.
+    """
+    grad_output = layer.grad_output.meta["val"]
+    cost = SPARSE_COST.get(grad_output.device.type)
+    if cost is None:
+        return False
+    values, most = grad_output.numel(), 1 - cost.mac * config.n / config.m
+    least = cost.value + (cost.call / max(values, 1) if isinstance(values, int) else 0)
+    return statically_known_true(layer.macs_per_grad_value * most > least)
