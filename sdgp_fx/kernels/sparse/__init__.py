@@ -1,1 +1,1 @@
-"""Products that skip the zeros of a pruned gradient."""
+"""Products that use the zeros of a pruned gradient."""
