@@ -132,11 +132,10 @@ def why_dense_product(layer: Layer, config: SDGPConfig) -> str:
     scope = config.rescale if config.prune == "rescaled_magnitude" else ""
     if geometry is None or (scope == "feature_map" and not geometry.stride):
         return NO_GEOMETRY
-    grad_output = layer.grad_output.meta["val"]
-    reason = why_not_sparse(grad_output.dtype, grad_output.device)
-    if not reason and config.product == "auto" and not is_sparse_faster(layer, config):
-        reason = NOT_FASTER
-    return reason
+    if config.product == "auto" and not is_sparse_faster(layer, config):
+        return NOT_FASTER
+    grad_output, weight = (node.meta["val"] for node in (layer.grad_output, layer.weight))
+    return why_not_sparse(grad_output.dtype, grad_output.device, weight.dtype)
 
 
 def has_whole_groups(channels: Any, groups: int, m: int) -> bool:

@@ -70,12 +70,12 @@ SPARSE_COST = {"cpu": SparseCost(1.35, 60, 1e6)}
 def is_sparse_faster(layer: Layer, config: SDGPConfig) -> bool:
     """Whether the product that skips zeros is expected to take less time than the dense one.
 
-    Symbolic sizes count as large ones.
+    Symbolic sizes count as large ones. Nothing is known against it on a device without costs.
     """
     grad_output = layer.grad_output.meta["val"]
     cost = SPARSE_COST.get(grad_output.device.type)
     if cost is None:
-        return False
+        return True
     values, most = grad_output.numel(), 1 - cost.mac * config.n / config.m
     least = cost.value + (cost.call / max(values, 1) if isinstance(values, int) else 0)
     return statically_known_true(layer.macs_per_grad_value * most > least)

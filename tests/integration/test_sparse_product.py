@@ -34,7 +34,7 @@ class Net(nn.Module):
 
 
 def gradients(product, inner, memory_format, dtype=torch.float32, batches=(4,), **options):
-    """Return the gradients of a step of each batch, and how many layers were multiplied sparsely."""
+    """Return the gradients of a step of each batch, by step."""
     torch.manual_seed(0)
     torch._dynamo.reset()
     model = Net().to(memory_format=memory_format)
