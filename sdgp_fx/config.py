@@ -14,6 +14,7 @@ PRUNING_FUNCTIONS = ("random", "magnitude", "rescaled_magnitude", "mvue")
 RESCALE_SCOPES = ("group", "feature_map", "channel")
 STRUCTURES = ("element", "channel")
 LAYERS = ("all", "profitable")
+PRODUCTS = ("auto", "dense", "sparse")
 TARGETS = ("conv", "linear")
 INNER_COMPILERS = ("inductor", "aot_eager")
 _CHOICES = {
@@ -21,6 +22,7 @@ _CHOICES = {
     "rescale": RESCALE_SCOPES,
     "structure": STRUCTURES,
     "layers": LAYERS,
+    "product": PRODUCTS,
     "inner": INNER_COMPILERS,
 }
 _DEFAULT_PRUNE = {"element": "rescaled_magnitude", "channel": "magnitude"}
@@ -85,6 +87,9 @@ class SDGPConfig:
             L1 norm, with "group" as their only scope.
         layers: "all" that can be pruned, or "profitable": those in which pruning is expected to
             save time, by a rule on shapes and device.
+        product: What multiplies pruned elements: "dense", the library's product; "sparse", one that
+            skips the zeros, where there is one; or "auto", whichever is expected to be faster.
+            The numbers are the same up to rounding.
         targets: The kinds of layers, "conv", "linear" or both, one string with commas or a
             sequence of strings.
         include, exclude: Glob patterns over module names as `named_modules()` gives them, one
@@ -102,6 +107,7 @@ class SDGPConfig:
     rescale: str = "group"
     structure: str = "element"
     layers: str = "all"
+    product: str = "auto"
     targets: str | Iterable[str] = ("conv",)
     include: str | Iterable[str] = ("*",)
     exclude: str | Iterable[str] = ()

@@ -19,8 +19,9 @@ from torch._logging import trace_structured
 
 from .config import SDGPConfig
 from .passes.decisions import Decision
-from .passes.marks import is_pruned
+from .passes.marks import is_rewritten
 from .passes.module_names import ModuleNames
+from .passes.products import skip_zeros
 from .passes.prune_input_grads import prune_input_grads
 from .passes.rules import patterns_above_layers
 from .passes.statistics import record_statistics
@@ -34,20 +35,37 @@ _SOURCES = tuple(str(path) for path in sorted(Path(__file__).parent.rglob("*.py"
 
 @dataclasses.dataclass(frozen=True)
 class RewrittenGraph:
-    """A joint graph before and after the pass, as copies with the nodes' meta."""
+    """A joint graph at each step of the pass, as copies with the nodes' meta.
+
+    Attributes:
+        before: As AOTAutograd made it.
+        pruned: With pruned gradients ahead of the input gradients.
+        after: With the products that skip their zeros, where a decision says so.
+    """
 
     before: fx.GraphModule
+    pruned: fx.GraphModule
     after: fx.GraphModule
     decisions: tuple[Decision, ...]
 
-    def diff(self, context: int = 3) -> str:
-        """Return what the pass changed as a unified diff, with context unchanged lines around."""
-        before, after = (readable(gm).splitlines() for gm in (self.before, self.after))
-        lines = difflib.unified_diff(before, after, "before", "after", lineterm="", n=context)
-        return "\n".join(lines)
+    def diff(self, context: int = 3, *, start: str = "before", end: str = "after") -> str:
+        """Return what changed from one step to another as a unified diff.
+
+        Args:
+            context: Unchanged lines around each change.
+            start, end: "before", "pruned" or "after".
+        """
+        graphs = (readable(getattr(self, step)).splitlines() for step in (start, end))
+        return "\n".join(difflib.unified_diff(*graphs, start, end, lineterm="", n=context))
+
+    def diff_by_step(self) -> str:
+        """Return what changed as `diff` does, but apart for each step that changed something."""
+        if not (products := self.diff(start="pruned")):
+            return self.diff()
+        return f"{self.diff(end='pruned')}\n{products}"
 
     def __str__(self) -> str:
-        return "\n".join([*map(str, self.decisions), self.diff()])
+        return "\n".join([*map(str, self.decisions), self.diff_by_step()])
 
 
 class Observer(Protocol):
@@ -121,8 +139,12 @@ class PruneInputGrads(CustomGraphPass):
             for observer in tuple(observers):
                 observer.on_cached()
 
-    def _rewrite(self, graph: fx.Graph) -> list[Decision]:
+    def _rewrite(
+        self, graph: fx.Graph, on_pruned: Callable[[fx.Graph], None] = lambda graph: None
+    ) -> list[Decision]:
         decisions = prune_input_grads(graph, self.config, self.names, self.dense_half_first)
+        on_pruned(graph)
+        skip_zeros(graph, self.config)
         if self.monitor is not None:
             record_statistics(graph, self.monitor)
         return decisions
@@ -133,7 +155,7 @@ class PruneInputGrads(CustomGraphPass):
         Where there is none of them, this costs nothing.
         """
         # A graph may get here twice: what matters is what became of it the first time.
-        if not is_joint(graph) or any(map(is_pruned, graph.nodes)):
+        if not is_joint(graph) or any(map(is_rewritten, graph.nodes)):
             return self._rewrite(graph)
 
         before: list[fx.GraphModule] = []
@@ -145,18 +167,21 @@ class PruneInputGrads(CustomGraphPass):
         _trace("joint_graph_before", snapshot)  # Calls it if there is a trace.
         if not before and (observers or log.isEnabledFor(logging.DEBUG)):
             before.append(_copy(graph))
-        decisions = self._rewrite(graph)
-        if before:
-            # Their layers' nodes are those of the graph itself, and would keep it alive.
-            decided = tuple(dataclasses.replace(decision, layer=None) for decision in decisions)
-            rewritten = RewrittenGraph(before[0], _copy(graph), decided)
-            for observer in tuple(observers):
-                observer.on_rewrite(rewritten)
-            log.debug("%s", rewritten.diff())
-            _trace("joint_graph_after", lambda: readable(rewritten.after))
-            _trace("joint_graph_diff", rewritten.diff)
-            plain = [decision.to_dict() for decision in decisions]
-            _trace("decisions", lambda: json.dumps(plain), "json")
+        if not before:
+            return self._rewrite(graph)
+
+        pruned: list[fx.GraphModule] = []
+        decisions = self._rewrite(graph, lambda graph: pruned.append(_copy(graph)))
+        # Their layers' nodes are those of the graph itself, and would keep it alive.
+        decided = tuple(dataclasses.replace(decision, layer=None) for decision in decisions)
+        rewritten = RewrittenGraph(before[0], pruned[0], _copy(graph), decided)
+        for observer in tuple(observers):
+            observer.on_rewrite(rewritten)
+        log.debug("%s", rewritten.diff_by_step())
+        _trace("joint_graph_after", lambda: readable(rewritten.after))
+        _trace("joint_graph_diff", rewritten.diff)
+        plain = [decision.to_dict() for decision in decisions]
+        _trace("decisions", lambda: json.dumps(plain), "json")
         return decisions
 
 

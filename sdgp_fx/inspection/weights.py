@@ -70,7 +70,9 @@ def _backward_nodes(graph: fx.Graph) -> set[fx.Node]:
     found: set[fx.Node] = set()
     for node in graph.nodes:
         is_tangent = node.op == "placeholder" and node.target.startswith("tangents")
-        if is_tangent or (node.op == "call_function" and not found.isdisjoint(node.all_input_nodes)):
+        if is_tangent or (
+            node.op == "call_function" and not found.isdisjoint(node.all_input_nodes)
+        ):
             found.add(node)
     return found
 

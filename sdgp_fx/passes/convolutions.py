@@ -22,7 +22,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..kernels.channels import take_channels
 from .graph import add_call, is_channels_last
-from .layers import Layer
+from .layers import Geometry, Layer
 from .marks import DENSE_HALF, is_pruned
 
 CONVOLUTION_BACKWARD = torch.ops.aten.convolution_backward.default
@@ -85,6 +85,19 @@ class ConvolutionLayer(Layer):
     @property
     def dense_half(self) -> fx.Node | None:
         return self.node if DENSE_HALF in self.node.meta else None
+
+    @property
+    def input_grad(self) -> Tensor:
+        value: Tensor = self.node.meta["val"][0]
+        return value
+
+    @property
+    def geometry(self) -> Geometry | None:
+        _, x, _, _, stride, padding, dilation, transposed, _, groups, _ = self._arguments
+        sizes = [list(sizes) for sizes in (stride, padding, dilation)]
+        if not all(isinstance(size, int) for size in (*sizes[0], *sizes[1], *sizes[2], groups)):
+            return None
+        return Geometry(x, *sizes, transposed, groups)
 
     def replace_operands(self, grad_output: fx.Node, weight: fx.Node) -> None:
         """Split the node: its input gradient becomes a node that reads the operands given."""

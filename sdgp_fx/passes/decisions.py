@@ -10,9 +10,10 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..config import SDGPConfig
 from ..kernels import op
+from ..kernels.sparse.op import why_not_sparse
 from .layers import Layer, plain_sizes
 from .marks import DECISION, find_pruned
-from .profit import is_profitable
+from .profit import is_profitable, is_sparse_faster
 
 # Stands for a name; no module can have it.
 UNKNOWN = "(unknown)"
@@ -27,9 +28,15 @@ DEPTHWISE = "depthwise, one output channel a group"
 NOT_A_MULTIPLE = "C_out per group is not a multiple of m"
 NOT_STATIC = "number of channels not known when compiled"
 NOT_PROFITABLE = {
-    "element": "pruned elements are multiplied densely, which saves no time",
+    "element": "skipping the zeros would not pay",
     "channel": "pruning whole channels would not pay",
 }
+
+# Why what is pruned is multiplied as a dense tensor.
+WHOLE_CHANNELS = "whole channels leave a smaller dense product"
+ASKED_FOR = "asked for by sdgp.product"
+NO_GEOMETRY = "no sparse product of this form"
+NOT_FASTER = "expected to be faster"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +54,8 @@ class Decision:
         weight_shape: (C_out, C_in / groups, *kernel), or (C_in, C_out / groups, *kernel) if
             transposed. A linear layer's is the one that is multiplied with, which may be either.
         reason: Why the layer stays dense; "" if it is pruned.
+        product: What multiplies the pruned gradient, "dense" or "sparse"; "" if it is not pruned.
+        product_reason: Why that product is dense; "" if it is not.
         layer: The layer in the graph; None once the graph is gone.
     """
 
@@ -58,6 +67,8 @@ class Decision:
     transposed: bool
     pruned: bool
     reason: str
+    product: str = ""
+    product_reason: str = ""
     layer: Layer | None = dataclasses.field(default=None, repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
@@ -76,8 +87,12 @@ def decide(layer: Layer, names: Sequence[str], config: SDGPConfig) -> Decision:
     if pruned is not None and DECISION in pruned.meta:
         return dataclasses.replace(cast(Decision, pruned.meta[DECISION]), layer=layer)
     reason = "" if layer.is_pruned else why_not_possible(layer, names, config)
+    dense_product = why_dense_product(layer, config) if not reason else ""
     if not reason and not layer.is_pruned and config.layers == "profitable":
-        reason = "" if is_profitable(layer, config) else NOT_PROFITABLE[config.structure]
+        can_save = config.structure == "channel" or not dense_product
+        if not can_save or not is_profitable(layer, config):
+            reason = NOT_PROFITABLE[config.structure]
+    product = "" if reason else "dense" if dense_product else "sparse"
     return Decision(
         module=", ".join(names) if names else UNKNOWN,
         kind=layer.kind,
@@ -87,6 +102,8 @@ def decide(layer: Layer, names: Sequence[str], config: SDGPConfig) -> Decision:
         transposed=layer.transposed,
         pruned=not reason,
         reason=reason,
+        product=product,
+        product_reason=dense_product if product else "",
         layer=layer,
     )
 
@@ -123,6 +140,23 @@ def why_not_selected(names: Sequence[str], config: SDGPConfig) -> str:
     if all(selected):
         return ""
     return SHARED if any(selected) else EXCLUDED
+
+
+def why_dense_product(layer: Layer, config: SDGPConfig) -> str:
+    """Return why what is pruned is multiplied densely; "" if its zeros are skipped."""
+    if config.structure == "channel":
+        return WHOLE_CHANNELS
+    if config.product == "dense":
+        return ASKED_FOR
+    geometry = layer.geometry
+    # The rows of a matrix are samples and positions alike, to all but this scope.
+    scope = config.rescale if config.prune == "rescaled_magnitude" else ""
+    if geometry is None or (scope == "feature_map" and not geometry.stride):
+        return NO_GEOMETRY
+    if config.product == "auto" and not is_sparse_faster(layer, config):
+        return NOT_FASTER
+    grad_output, weight = (node.meta["val"] for node in (layer.grad_output, layer.weight))
+    return why_not_sparse(grad_output.dtype, grad_output.device, weight.dtype)
 
 
 def has_whole_groups(channels: Any, groups: int, m: int) -> bool:

@@ -5,9 +5,25 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, fx
+
+
+class Geometry(NamedTuple):
+    """What a layer computes, as a convolution: a linear layer is one without positions.
+
+    Attributes:
+        input: Input of the forward, (N, C_in, *spatial) or (rows, C_in).
+        stride, padding, dilation: An int for each spatial dimension.
+    """
+
+    input: fx.Node
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    transposed: bool
+    groups: int
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -77,6 +93,17 @@ class Layer(abc.ABC):
             weight: The value of `weight`.
             index: int64 (kept,), output channels, equally many of each group.
         """
+
+    @property
+    def input_grad(self) -> Tensor:
+        """The input gradient, as a fake tensor."""
+        value: Tensor = self.node.meta["val"]
+        return value
+
+    @property
+    def geometry(self) -> Geometry | None:
+        """The layer as a convolution; None where the input gradient is not of one."""
+        return None
 
     @property
     def channels(self) -> Any:

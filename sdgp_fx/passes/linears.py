@@ -35,8 +35,9 @@ from torch._functorch import eager_transforms
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..kernels.channels import take_channels
+from ..kernels.sparse.op import PRUNED_INPUT_GRAD
 from .graph import compute
-from .layers import Layer
+from .layers import Geometry, Layer
 from .marks import VIEWS, is_pruned
 
 aten = torch.ops.aten
@@ -86,6 +87,12 @@ class LinearLayer(Layer):
     @property
     def can_scale_outputs(self) -> bool:
         return not self._is_batched
+
+    @property
+    def geometry(self) -> Geometry | None:
+        if self._is_batched or self.transposed:
+            return None
+        return Geometry(self.input, [], [], [], False, 1)
 
     def replace_operands(self, grad_output: fx.Node, weight: fx.Node) -> None:
         if self.transposed:
@@ -227,6 +234,8 @@ def _with_weight_grad(node: fx.Node, forward: fx.Node) -> LinearLayer | None:
     if _untransposed(x)[0] not in others:
         return None
     others.remove(_untransposed(x)[0])
+    if any(user.target is PRUNED_INPUT_GRAD for user in others[0].users):
+        return None
     return LinearLayer(
         node=node,
         grad_output=others[0],

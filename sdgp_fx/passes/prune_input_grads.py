@@ -5,7 +5,7 @@
 
 The weight gradient keeps the dense gO (McDanel et al. 2022, section III). What the layers are in
 the graph is said in `convolutions` and `linears`; which of them are pruned, in `decisions`; what p
-and the weight are then, in `elements` and `channels`.
+and the weight are then, in `elements` and `channels`; what multiplies them, in `products`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from torch import fx
 
 from ..config import SDGPConfig
+from ..kernels.sparse.op import PRUNED_INPUT_GRAD
 from .channels import count_random_numbers as count_for_channels
 from .channels import prune_channels
 from .convolutions import find_convolutions
@@ -28,7 +29,7 @@ from .elements import prune_elements
 from .graph import add_call, compute
 from .layers import Layer
 from .linears import find_linears
-from .marks import DECISION
+from .marks import COMPUTES, DECISION
 from .module_names import ModuleNames
 
 
@@ -68,7 +69,12 @@ def prune_input_grads(
         A decision for each layer, in the graph's order.
     """
     structure = STRUCTURES[config.structure]
-    decisions = [decide(layer, names.of(layer), config) for layer in find_layers(graph, config)]
+    decided = {
+        layer.node: decide(layer, names.of(layer), config) for layer in find_layers(graph, config)
+    }
+    for product in graph.find_nodes(op="call_function", target=PRUNED_INPUT_GRAD):
+        decided[product] = product.meta[COMPUTES]
+    decisions = [decided[node] for node in graph.nodes if node in decided]
     to_prune = [
         (decision.layer, decision)
         for decision in decisions

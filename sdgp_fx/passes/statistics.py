@@ -18,8 +18,9 @@ from torch import fx
 from ..kernels.op import PRUNE_NM
 from ..kernels.record import RECORD
 from ..kernels.reference import accumulation_dtype
+from ..kernels.sparse.op import PRUNED_INPUT_GRAD
 from .graph import add_call, compute
-from .marks import DECISION, FACTOR_IN_WEIGHT
+from .marks import COMPUTES, DECISION, FACTOR_IN_WEIGHT
 
 aten = torch.ops.aten
 
@@ -35,18 +36,43 @@ def record_statistics(graph: fx.Graph, key: str) -> None:
         key: Key of the receiver in `kernels.record`. It gets the layers' names as JSON, and their
             sums one layer after the other.
     """
-    pruned = graph.find_nodes(op="call_function", target=PRUNE_NM)
-    if not pruned or graph.find_nodes(op="call_function", target=RECORD):
+    if graph.find_nodes(op="call_function", target=RECORD):
         return
-    sums = [total for node in pruned for total in _sums(node)]
-    layers = json.dumps([node.meta[DECISION].module for node in pruned])
-    add_call(RECORD, (sums, key, layers), None, _reader(pruned[-1]))
+    # What is pruned, and what reads it, in the order in which they are computed.
+    pruned = []
+    for node in list(graph.nodes):
+        if node.target is PRUNE_NM:
+            pruned.append((node, next(iter(node.users))))
+        elif node.target is PRUNED_INPUT_GRAD:
+            pruned.append((_prune_again(node), node))
+    if not pruned:
+        return
+    sums = [total for node, reader in pruned for total in _sums(node, reader)]
+    layers = json.dumps([_layer_name(node) for node, _ in pruned])
+    add_call(RECORD, (sums, key, layers), None, pruned[-1][1])
     graph.lint()
 
 
-def _sums(pruned: fx.Node) -> list[fx.Node]:
-    """Compute SUMS, in float32 or float64, ahead of what reads the pruned gradient."""
-    source = _reader(pruned)
+def _layer_name(pruned: fx.Node) -> str:
+    while DECISION not in pruned.meta:  # On what the product reads, which may be a view.
+        pruned = next(iter(pruned.users))
+    name: str = pruned.meta[DECISION].module
+    return name
+
+
+def _prune_again(product: fx.Node) -> fx.Node:
+    """Compute what a product that skips zeros multiplies: it has the same values, bit for bit."""
+    grad_output, _, *settings = product.args[:7]
+    arguments = (grad_output, *settings, product.args[-1])
+    pruned = compute(PRUNE_NM, arguments, product)
+    pruned.meta[DECISION] = product.meta[COMPUTES]
+    if FACTOR_IN_WEIGHT in product.meta:
+        pruned.meta[FACTOR_IN_WEIGHT] = product.meta[FACTOR_IN_WEIGHT]
+    return pruned
+
+
+def _sums(pruned: fx.Node, source: fx.Node) -> list[fx.Node]:
+    """Compute SUMS, in float32 or float64, ahead of source, which reads the pruned gradient."""
     dense = cast(fx.Node, pruned.args[0])
 
     def call(target: Any, *args: Any) -> fx.Node:
@@ -70,8 +96,3 @@ def _converted(node: fx.Node, source: fx.Node) -> fx.Node:
     if dtype == wanted:
         return node
     return compute(torch.ops.prims.convert_element_type.default, (node, wanted), source)
-
-
-def _reader(pruned: fx.Node) -> fx.Node:
-    """Return the first node that reads the pruned gradient."""
-    return next(iter(pruned.users))
