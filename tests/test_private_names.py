@@ -42,8 +42,11 @@ PRIVATE = {
         "current_device get_compute_capability get_device_properties is_available"
     ),
     "torch._dynamo.device_interface.CudaInterface.Worker": "current_device get_device_properties",
+    "torch._dynamo.eval_frame": "OptimizeContext OptimizedModule",
     "torch._dynamo.exc.ShortenTraceback": "__init__",
+    "torch._dynamo.symbolic_convert.InstructionTranslator": "current_tx",
     "torch._dynamo.utils.counters": "clear update",
+    "torch._functorch._aot_autograd.descriptors": "PlainAOTInput",
     "torch._functorch.config": (
         "enable_autograd_cache enable_remote_autograd_cache force_non_lazy_backward_lowering patch"
     ),
