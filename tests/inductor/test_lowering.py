@@ -3,6 +3,7 @@
 The generated Triton code is run in Triton's interpreter, on CPU tensors.
 """
 
+import functools
 import itertools
 import re
 
@@ -144,14 +145,15 @@ def test_cpp_selection_of_neighbouring_and_equal_values(dtype):
     values = torch.tensor(values, dtype=dtype)
     fours = torch.cartesian_prod(*[values] * 4)
     eights = torch.cat([fours, fours[torch.randperm(len(fours))]], 1)
-    cases = [(fours, n) for n in (1, 2, 3)] + [(eights, n) for n in (3, 4, 6)]
+    fours, eights = fours.unsqueeze(-1), eights.unsqueeze(-1)
 
-    def prune_all(*inputs):
-        return [prune_op(x, n, x.shape[1], "magnitude") for x, (_, n) in zip(inputs, cases)]
+    def prune_all(prune, fours, eights):
+        pruned = [prune(fours, n, 4, "magnitude") for n in (1, 2, 3)]
+        return pruned + [prune(eights, n, 8, "magnitude") for n in (3, 4, 6)]
 
-    inputs = [groups.unsqueeze(-1) for groups, _ in cases]
-    for result, x, (groups, n) in zip(torch.compile(prune_all)(*inputs), inputs, cases):
-        assert_same(result, reference_prune(x, n, groups.shape[1], "magnitude"))
+    results = torch.compile(functools.partial(prune_all, prune_op))(fours, eights)
+    for result, expected in zip(results, prune_all(reference_prune, fours, eights), strict=True):
+        assert_same(result, expected)
 
 
 def test_operations_grow_little_faster_than_the_group():
