@@ -3,9 +3,10 @@
     p  = gO, pruned
     gx = the product with the weight that computed it from gO, of p
 
-The weight gradient keeps the dense gO (McDanel et al. 2022, section III). What the layers are in
-the graph is said in `convolutions` and `linears`; which of them are pruned, in `decisions`; what p
-and the weight are then, in `elements` and `channels`.
+The weight gradient keeps the dense gO (McDanel et al. 2022, section III). Where in a graph the
+backward is, is said in `backward`; what the layers are in it, in `convolutions` and `linears`;
+which of them are pruned, in `decisions`; what p and the weight are then, in `elements` and
+`channels`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from torch import fx
 
 from ..config import SDGPConfig
+from .backward import Part, find_parts
 from .channels import count_random_numbers as count_for_channels
 from .channels import prune_channels
 from .convolutions import find_convolutions
@@ -55,7 +57,7 @@ def prune_input_grads(
     roots: Collection[str] = (),
     dense_half_first: Collection[str] = (),
 ) -> list[Decision]:
-    """Rewrite a joint graph in place.
+    """Rewrite a joint graph in place, with the branches and loops in it.
 
     Args:
         graph: ATen operators with `meta["val"]`, as AOTAutograd makes it. One that has been
@@ -65,16 +67,30 @@ def prune_input_grads(
             prune in the graph.
 
     Returns:
-        A decision for each layer, in the graph's order.
+        A decision for each layer, in the graph's order; those of branches come last.
     """
-    structure = STRUCTURES[config.structure]
+    decisions = []
+    for part in find_parts(graph):
+        decided, is_changed = _rewrite(part, config, roots, dense_half_first)
+        decisions += decided
+        if is_changed and part.graph is not graph and part.graph.owning_module is not None:
+            part.graph.owning_module.recompile()
+    return decisions
+
+
+def _rewrite(
+    part: Part, config: SDGPConfig, roots: Collection[str], dense_half_first: Collection[str]
+) -> tuple[list[Decision], bool]:
+    """Rewrite one graph; return the decisions, and whether it has changed."""
+    structure, graph = STRUCTURES[config.structure], part.graph
     decisions = [
-        decide(layer, module_of(layer.node, roots), config) for layer in find_layers(graph, config)
+        decide(layer, module_of(layer.node, roots), config, layer.node in part.backward)
+        for layer in find_layers(graph, config)
     ]
     to_prune = [
         (decision.layer, decision)
         for decision in decisions
-        if decision.layer is not None and decision.pruned and not decision.layer.is_pruned
+        if decision.layer is not None and decision.pruned and decision.layer.pruned is None
     ]
     counts = {
         layer: count
@@ -92,7 +108,7 @@ def prune_input_grads(
     if to_prune:
         graph.eliminate_dead_code()
         graph.lint()
-    return decisions
+    return decisions, bool(to_prune)
 
 
 def find_layers(graph: fx.Graph, config: SDGPConfig) -> list[Layer]:
