@@ -16,6 +16,7 @@ STRUCTURES = ("element", "channel")
 LAYERS = ("all", "profitable")
 PRODUCTS = ("auto", "dense", "sparse")
 TARGETS = ("conv", "linear")
+GRADIENTS = ("backward", "all")
 INNER_COMPILERS = ("inductor", "aot_eager")
 _CHOICES = {
     "prune": PRUNING_FUNCTIONS,
@@ -23,6 +24,7 @@ _CHOICES = {
     "structure": STRUCTURES,
     "layers": LAYERS,
     "product": PRODUCTS,
+    "gradients": GRADIENTS,
     "inner": INNER_COMPILERS,
 }
 _DEFAULT_PRUNE = {"element": "rescaled_magnitude", "channel": "magnitude"}
@@ -95,6 +97,8 @@ class SDGPConfig:
         include, exclude: Glob patterns over module names as `named_modules()` gives them, one
             string with commas or a sequence of strings. A layer is pruned if a pattern of
             include matches its name and none of exclude does.
+        gradients: "backward", what `loss.backward()` computes, or "all": also gradients that the
+            compiled function itself takes, as with `torch.func.grad`.
         inner: "inductor" or "aot_eager", the compiler that gets the rewritten graph.
 
     Raises:
@@ -111,6 +115,7 @@ class SDGPConfig:
     targets: str | Iterable[str] = ("conv",)
     include: str | Iterable[str] = ("*",)
     exclude: str | Iterable[str] = ()
+    gradients: str = "backward"
     inner: str = "inductor"
 
     def __post_init__(self) -> None:

@@ -12,7 +12,7 @@ from ..config import SDGPConfig
 from ..kernels import op
 from ..kernels.sparse.op import why_not_sparse
 from .layers import Layer, plain_sizes
-from .marks import DECISION, find_pruned
+from .marks import DECISION
 from .profit import is_profitable, is_sparse_faster
 
 # Stands for a name; no module can have it.
@@ -24,9 +24,11 @@ EXCLUDED = "excluded by a rule"
 NAME_NOT_KNOWN = "name not known, and there are rules"
 SHARED = "shares its graph with a layer that is excluded by a rule"
 DTYPE = "dtype not supported"
+TAKEN_INSIDE = "gradient taken inside the compiled function"
 DEPTHWISE = "depthwise, one output channel a group"
 NOT_A_MULTIPLE = "C_out per group is not a multiple of m"
 NOT_STATIC = "number of channels not known when compiled"
+GROUPS_NOT_STATIC = "number of groups not known when compiled"
 NOT_PROFITABLE = {
     "element": "skipping the zeros would not pay",
     "channel": "pruning whole channels would not pay",
@@ -53,6 +55,7 @@ class Decision:
             (batch, rows, out_features); a symbolic size is its symbol's name.
         weight_shape: (C_out, C_in / groups, *kernel), or (C_in, C_out / groups, *kernel) if
             transposed. A linear layer's is the one that is multiplied with, which may be either.
+        groups: Groups of channels; a symbolic number is its symbol's name.
         reason: Why the layer stays dense; "" if it is pruned.
         product: What multiplies the pruned gradient, "dense" or "sparse"; "" if it is not pruned.
         product_reason: Why that product is dense; "" if it is not.
@@ -63,7 +66,7 @@ class Decision:
     kind: str
     grad_output_shape: tuple[int | str, ...]
     weight_shape: tuple[int | str, ...]
-    groups: int
+    groups: int | str
     transposed: bool
     pruned: bool
     reason: str
@@ -77,18 +80,20 @@ class Decision:
         return {name: getattr(self, name) for name in names}
 
 
-def decide(layer: Layer, names: Sequence[str], config: SDGPConfig) -> Decision:
+def decide(layer: Layer, names: Sequence[str], config: SDGPConfig, in_backward: bool) -> Decision:
     """Decide what becomes of layer; of one that is pruned already, return what was decided then.
 
     Args:
         names: The layer's name, as from `ModuleNames.of`.
+        in_backward: Whether the layer's gradient belongs to the backward of a joint graph.
     """
-    pruned = find_pruned(layer.grad_output)
+    pruned, reason = layer.pruned, ""
     if pruned is not None and DECISION in pruned.meta:
         return dataclasses.replace(cast(Decision, pruned.meta[DECISION]), layer=layer)
-    reason = "" if layer.is_pruned else why_not_possible(layer, names, config)
+    if pruned is None:
+        reason = why_not_possible(layer, names, config, in_backward)
     dense_product = why_dense_product(layer, config) if not reason else ""
-    if not reason and not layer.is_pruned and config.layers == "profitable":
+    if not reason and pruned is None and config.layers == "profitable":
         can_save = config.structure == "channel" or not dense_product
         if not can_save or not is_profitable(layer, config):
             reason = NOT_PROFITABLE[config.structure]
@@ -98,7 +103,7 @@ def decide(layer: Layer, names: Sequence[str], config: SDGPConfig) -> Decision:
         kind=layer.kind,
         grad_output_shape=plain_sizes(layer.grad_output.meta["val"].shape),
         weight_shape=plain_sizes(layer.weight_shape),
-        groups=layer.groups,
+        groups=plain_sizes([layer.groups])[0],
         transposed=layer.transposed,
         pruned=not reason,
         reason=reason,
@@ -108,21 +113,27 @@ def decide(layer: Layer, names: Sequence[str], config: SDGPConfig) -> Decision:
     )
 
 
-def why_not_possible(layer: Layer, names: Sequence[str], config: SDGPConfig) -> str:
+def why_not_possible(
+    layer: Layer, names: Sequence[str], config: SDGPConfig, in_backward: bool
+) -> str:
     """Return why the layer cannot, or must not, be pruned; "" if it can."""
-    grad_output = layer.grad_output.meta["val"]
     if not layer.has_input_grad:
         return NO_INPUT_GRADIENT
+    if not in_backward and config.gradients == "backward":
+        return TAKEN_INSIDE
     if config.n == config.m:
         return KEEPS_ALL
     if why := why_not_selected(names, config):
         return why
-    if not op.supports_dtype(grad_output.dtype, grad_output.device):
+    if not op.supports_dtype(layer.dtype, layer.grad_output.meta["val"].device):
         return DTYPE
     if layer.is_depthwise:
         return DEPTHWISE
+    if not isinstance(layer.groups, int):
+        return GROUPS_NOT_STATIC
     if not has_whole_groups(layer.channels, layer.groups, config.m):
-        return NOT_A_MULTIPLE
+        is_known = statically_known_true(layer.channels % (layer.groups * config.m) != 0)
+        return NOT_A_MULTIPLE if is_known else NOT_STATIC
     if config.structure == "channel" and not isinstance(layer.channels, int):
         return NOT_STATIC
     return ""
@@ -160,7 +171,7 @@ def why_dense_product(layer: Layer, config: SDGPConfig) -> str:
 
 
 def has_whole_groups(channels: Any, groups: int, m: int) -> bool:
-    """Return whether each of a layer's groups has a multiple of m output channels.
+    """Return whether each of a layer's groups is known to have a multiple of m output channels.
 
     Args:
         channels: All output channels, an int or symbolic.

@@ -29,8 +29,13 @@ def add_call(
 
 def compute(target: Any, args: tuple[Any, ...], source: fx.Node, **kwargs: Any) -> fx.Node:
     """Insert a call as `add_call` does, with the value that target computes from fake tensors."""
-    value = target(*fx.node.map_arg(args, lambda operand: operand.meta["val"]), **kwargs)
+    value = target(*value_of(args), **kwargs)
     return add_call(target, args, value, source, **kwargs)
+
+
+def value_of(argument: Any) -> Any:
+    """Return an argument of a call with the values of the nodes in it: fake tensors, and sizes."""
+    return fx.map_arg(argument, lambda node: node.meta["val"])
 
 
 def trace(function: Callable[..., Any], operands: tuple[fx.Node, ...], source: fx.Node) -> Any:

@@ -19,6 +19,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from ..config import SDGPConfig
 from ..kernels.op import PRUNE_NM
 from ..kernels.sparse.op import PRUNED_INPUT_GRAD
+from .backward import find_parts
 from .graph import compute, sizes_of
 from .layers import Layer
 from .marks import COMPUTES, DECISION, FACTOR_IN_WEIGHT
@@ -28,11 +29,23 @@ aten = torch.ops.aten
 
 
 def skip_zeros(graph: fx.Graph, config: SDGPConfig) -> None:
-    """Rewrite a joint graph that went through `prune_input_grads`, in place.
+    """Rewrite a joint graph that went through `prune_input_grads`, in place, with its branches.
 
     Layers get the product that their decision names. One whose pruned gradient something else
     reads keeps the dense one, and so does a graph that has been rewritten before.
     """
+    for part in find_parts(graph):
+        if not _skip_zeros(part.graph, config):
+            continue
+        part.graph.eliminate_dead_code()
+        part.graph.lint()
+        if part.graph is not graph and part.graph.owning_module is not None:
+            part.graph.owning_module.recompile()
+
+
+def _skip_zeros(graph: fx.Graph, config: SDGPConfig) -> bool:
+    """Rewrite one graph; return whether it has changed."""
+    is_changed = False
     for layer in find_layers(graph, config):
         pruned = layer.grad_output
         decision = pruned.meta.get(DECISION)
@@ -43,8 +56,8 @@ def skip_zeros(graph: fx.Graph, config: SDGPConfig) -> None:
             and list(pruned.users) == [layer.node]
         ):
             _replace_product(layer, pruned)
-    graph.eliminate_dead_code()
-    graph.lint()
+            is_changed = True
+    return is_changed
 
 
 def _replace_product(layer: Layer, pruned: fx.Node) -> None:
