@@ -44,7 +44,7 @@ def plan(
         reason = why_not_sparse(workload.torch_dtype, workload.device)
         if reason:
             raise ValueError(f"--device, --dtype: expected what has a sparse product: {reason}")
-        for layer, count in workload.count_convolutions(config.targets).items():
+        for layer, count in workload.count_convolutions(tuple(config.targets)).items():
             fitting = [(n, m) for n, m in patterns if n < m and layer.is_prunable(m)]
             if fitting:
                 run = partial(measure, workload, layer, count, fitting, prune, seconds)

@@ -137,5 +137,5 @@ def aot_eager(
         inference_compiler=compile_inference,
         partition_fn=partition,
         keep_inference_input_mutations=True,
-        decompositions=decompositions or {},
+        decompositions=dict(decompositions or {}),
     )

@@ -55,8 +55,8 @@ class RewrittenGraph:
             context: Unchanged lines around each change.
             start, end: "before", "pruned" or "after".
         """
-        graphs = (readable(getattr(self, step)).splitlines() for step in (start, end))
-        return "\n".join(difflib.unified_diff(*graphs, start, end, lineterm="", n=context))
+        old, new = (readable(getattr(self, step)).splitlines() for step in (start, end))
+        return "\n".join(difflib.unified_diff(old, new, start, end, lineterm="", n=context))
 
     def diff_by_step(self) -> str:
         """Return what changed as `diff` does, but apart for each step that changed something."""

@@ -31,7 +31,7 @@ def find_origins(graph: fx.Graph, held: Collection[int]) -> Origins:
         inputs = node.all_input_nodes
         if node.op == "placeholder":
             position = _position(node.meta.get("desc"))
-            if position in held:
+            if position is not None and position in held:
                 origins[node] = frozenset({position})
         elif node.op == "call_function" and inputs and all(i in origins for i in inputs):
             origins[node] = frozenset().union(*(origins[i] for i in inputs))
@@ -48,7 +48,7 @@ def why_no_layer(graph: fx.Graph, origins: Origins) -> dict[int, str]:
         A reason for each position that the graph has.
     """
     backward = _backward_nodes(graph)
-    users = defaultdict(set)
+    users: dict[int, set[fx.Node]] = defaultdict(set)
     for node, positions in origins.items():
         outside = {user for user in node.users if user not in origins and user.op != "output"}
         for position in positions:

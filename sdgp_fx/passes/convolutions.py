@@ -111,10 +111,9 @@ class ConvolutionLayer(Layer):
     @property
     def geometry(self) -> Geometry | None:
         _, x, _, _, stride, padding, dilation, transposed, _, groups, _ = self._arguments
-        sizes = [list(sizes) for sizes in (stride, padding, dilation)]
-        if not all(isinstance(size, int) for size in (*sizes[0], *sizes[1], *sizes[2], groups)):
+        if not all(isinstance(size, int) for size in (*stride, *padding, *dilation, groups)):
             return None
-        return Geometry(x, *sizes, transposed, groups)
+        return Geometry(x, list(stride), list(padding), list(dilation), transposed, groups)
 
     def replace_operands(self, grad_output: fx.Node, weight: fx.Node) -> None:
         """Split the node: its input gradient becomes a node that reads the operands given."""
