@@ -17,6 +17,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import fx, nn
@@ -44,6 +45,9 @@ _COPIES = (
 _TRANSFORMS = (eager_transforms._autograd_grad, torch.autograd.grad)
 
 _TORCH_FOLDER = str(Path(torch.__file__).parent)
+
+# After a graph break, a function may be left with nothing but a part of its model in a variable.
+_roots: WeakKeyDictionary[OptimizeContext, WeakSet[nn.Module]] = WeakKeyDictionary()
 
 # Of a node, as Dynamo makes it: by the identity of each module, its path and its class.
 Stack = Mapping[str, tuple[str, type]]
@@ -133,15 +137,17 @@ def module_names(gm: fx.GraphModule) -> ModuleNames:
     sources = [_parsed(_source(node)) for node in gm.graph.find_nodes(op="placeholder")]
     stacks = list(_stacks(gm))
     starts = [_parsed(next(iter(stack.values()))[0]) for stack in stacks if stack]
-    compiled, running, has_begun = _running()
-    roots: list[Any] = [compiled] if compiled is not None else running[::-1]
-    roots += [_outermost_module(expression, scope) for expression in (*sources, *starts)]
+    compiled, running, has_begun, seen = _running()
+    found = running if compiled is None else [compiled]
+    found += [_outermost_module(expression, scope) for expression in (*sources, *starts)]
+    roots = _not_in_others([*seen, *found])
+    seen.update(roots)
 
     names: dict[int, str] = {}
     owners: dict[int, set[str]] = defaultdict(set)
     layers: dict[str, None] = {}
     others: dict[str, None] = {}
-    for root in _not_in_others(roots):
+    for root in roots:
         for path, module in root.named_modules():
             name = _without_wrappers(path)
             names.setdefault(id(module), name)
@@ -159,9 +165,9 @@ def module_names(gm: fx.GraphModule) -> ModuleNames:
         for key, (path, _) in stack.items():
             key = _without_count(key)
             # Where Dynamo doesn't inline modules, keys are no identities.
-            found = names.get(int(key)) if key.isdecimal() else module_name(path)
-            if found is not None:
-                modules[key] = found
+            known = names.get(int(key)) if key.isdecimal() else module_name(path)
+            if known is not None:
+                modules[key] = known
     by_input = tuple(frozenset(owners.get(id(_value(s, scope)), ())) for s in sources)
     reason = getattr(gm, "compile_subgraph_reason", None)
     is_whole = not has_begun and not getattr(reason, "graph_break", True)
@@ -296,14 +302,15 @@ def _scope() -> dict[str, Any] | None:
     return {"L": output.local_scope, "G": output.global_scope}
 
 
-def _running() -> tuple[nn.Module | None, list[nn.Module], bool]:
+def _running() -> tuple[nn.Module | None, list[Any], bool, WeakSet[nn.Module]]:
     """Look up in Python's stack what `torch.compile` is running.
 
     Returns:
         The compiled module, None for a function; the modules whose methods are running, innermost
-        first; and whether code outside of torch is, as after a graph break.
+        first; whether code outside of torch is, as after a graph break; and where to keep the
+        modules from which names start for the graphs to come.
     """
-    running: list[nn.Module] = []
+    running: list[Any] = []
     has_begun = False
     frame: Any = sys._getframe()
     # First come frames of ours, or of a backend that calls ours, then Dynamo's.
@@ -312,12 +319,13 @@ def _running() -> tuple[nn.Module | None, list[nn.Module], bool]:
     while frame is not None:
         owner = frame.f_locals.get("self")
         if isinstance(owner, OptimizeContext):
-            return _called_with(frame.f_back), running, has_begun
+            seen = _roots.setdefault(owner, WeakSet())
+            return _called_with(frame.f_back), running, has_begun, seen
         if isinstance(owner, nn.Module) and not isinstance(owner, fx.GraphModule):
             running.append(owner)
         has_begun |= not _is_torch(frame)
         frame = frame.f_back
-    return None, [], True
+    return None, [], True, WeakSet()
 
 
 def _called_with(caller: Any) -> nn.Module | None:

@@ -67,4 +67,4 @@ def _close(pattern: str, names: Iterable[str]) -> list[str]:
         candidates[name] = None
     if f"{pattern}.*" in candidates:
         return [f"{pattern}.*"]
-    return difflib.get_close_matches(pattern, candidates, 3)
+    return difflib.get_close_matches(pattern, candidates, 2)

@@ -1,7 +1,8 @@
 """Test the names of layers against `named_modules()`, and what rules and warnings make of them."""
 
-import copy
+import gc
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -9,7 +10,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from sdgp_fx import SDGPConfig
 from sdgp_fx.backend import aot_eager
 from sdgp_fx.kernels.op import PRUNE_NM
 from sdgp_fx.passes import decisions as why
@@ -156,11 +156,11 @@ class WeightOfChild(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.stem, self.child, self.half = conv(3), conv(), conv()
+        self.stem, self.child, self.cast = conv(3), conv(), conv()
 
     def forward(self, x):
         x = F.conv2d(self.stem(x), self.child.weight)
-        return F.conv2d(x.half(), self.half.weight.half()).float()
+        return F.conv2d(x.double(), self.cast.weight.double())
 
 
 class GetsWeight(nn.Module):
@@ -235,7 +235,7 @@ MODELS = {
         lambda: Breaks(CallsFunction()),
         ["stem", "body.0.inner", "head"],
     ),
-    "weight of a child": (WeightOfChild, ["stem", "child", "half"]),
+    "weight of a child": (WeightOfChild, ["stem", "child", "cast"]),
     "weight of another": (GetsWeight, ["stem", "body"]),
     "frozen": (Frozen, ["student.0", "student.1"]),
     "attention": (Attends, ["embed", "attention", "attention.out_proj"]),
@@ -262,7 +262,7 @@ def x():
 def test_names_are_those_of_named_modules(model, x, rewritten):
     make, expected = MODELS[model]
     network = make()
-    found = [d.module for d in train(network, x, rewritten=rewritten) if d.reason != why.DTYPE]
+    found = [d.module for d in train(network, x, rewritten=rewritten)]
     assert list(dict.fromkeys(found)) == list(dict.fromkeys(expected))
     known = {name.replace("_orig_mod.", "") for name, _ in network.named_modules()}
     assert set(found) <= known
@@ -294,18 +294,26 @@ def test_names_of_a_module_compiled_in_place_and_of_its_forward(in_place, x, rew
     assert sorted(found) == ["body.0.first", "body.0.second", "head", "stem"]
 
 
+class Trainer:
+    """Run a model whose forward nobody calls, and keep a part in a variable across graph breaks."""
+
+    def __init__(self):
+        self.models = {
+            "a": nn.ModuleDict({"stem": conv(3), "halves": Halves(), "head": conv()}),
+            "b": nn.Sequential(conv()),
+        }
+
+    def step(self, x):
+        model = self.models["a"]
+        head = model["head"]
+        x = model["halves"](model["stem"](x))
+        return self.models["b"](head(x))
+
+
 def test_names_in_a_function_start_at_the_outermost_modules(x, rewritten):
-    class Trainer:
-        def __init__(self):
-            self.model = nn.ModuleDict({"a": conv(3), "b": Halves()})
-            self.loss = nn.Sequential(conv())
-
-        def step(self, x):
-            inner = self.model["b"]
-            return self.loss(inner(self.model["a"](x)))
-
-    found = [d.module for d in train(Trainer().step, x, rewritten=rewritten)]
-    assert sorted(found) == ["0", "a", "b.first", "b.second"]
+    trainer = Trainer()
+    found = {d.module for d in train(trainer.step, x, rewritten=rewritten)}
+    assert found == {"stem", "halves.first", "halves.second", "head", "0"}
 
 
 def test_names_of_a_model_with_parameters_from_outside(x, rewritten):
@@ -413,21 +421,18 @@ def test_a_layer_that_another_pass_has_replaced_goes_by_its_weight(x, rewritten,
         ("0", why.NO_INPUT_GRADIENT),
     ]
     layer, _ = find_convolutions(graph)
-    assert "fwd_nn_module_stack" not in layer.node.meta
+    assert not layer.node.meta.get("fwd_nn_module_stack")
 
 
-def test_names_don_t_keep_the_model_alive(x):
-    import weakref
-
+def test_names_keep_no_model_alive(x):
     network = GetsAttributes()
-    gone = weakref.ref(network)
-    names = []
+    gone, names = weakref.ref(network), []
     torch.compile(network, backend=lambda gm, _: names.append(module_names(gm)) or gm.forward)(x)
     torch._dynamo.reset()
-    copy.deepcopy(names)
     del network
-    assert gone() is None
+    gc.collect()
     assert names[0].layers
+    assert gone() is None
 
 
 @pytest.mark.parametrize(
@@ -466,10 +471,3 @@ def test_name_from_a_path_of_odd_keys(path, name):
 def test_names_outside_of_dynamo_are_those_of_paths():
     gm = torch.fx.symbolic_trace(nn.Sequential(conv(3)))
     assert module_names(gm) == ModuleNames()
-
-
-def test_rules_match_names_as_they_are():
-    """A name may have characters that mean something else in a pattern."""
-    config = SDGPConfig(exclude=["d.g[0]"])
-    assert not config.selects("d.g[0]")
-    assert config.selects("d.g[1]")
