@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
 import math
+from collections import deque
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
 
 from ..backend import sdgp
 from ..kernels.record import receivers
-from ..passes.statistics import SUMS
+from ..passes.statistics import SUMS, layers_recorded
 
 STATISTICS = {
     "l1_kept": "share of the L1 norm kept",
@@ -26,7 +27,7 @@ CURVES = 6
 _keys = map(str, itertools.count())
 
 
-def monitor(model: torch.nn.Module, every: int = 100, **arguments: Any) -> Monitor:
+def monitor(model: nn.Module, every: int = 100, **arguments: Any) -> Monitor:
     """Compile model for the backend "sdgp", and record every so often what pruning does.
 
     Args:
@@ -34,18 +35,19 @@ def monitor(model: torch.nn.Module, every: int = 100, **arguments: Any) -> Monit
         arguments: Arguments of torch.compile: options, mode and so on.
 
     Returns:
-        What is called in place of `torch.compile(model, backend="sdgp", ...)`. It holds two
+        What is called in place of `torch.compile(model, backend="sdgp", ...)`, and is a module as
+        that is: with the parameters, the state and the attributes of model. It holds two
         compilations that share the model: one that records, and for all other calls the one that
         there is without a monitor.
 
     Raises:
-        ValueError: every is no int above 0; or, when compiled, whole channels are pruned, which a
-            monitor doesn't record.
+        ValueError: model is no module, or every no int above 0; or, when compiled, whole channels
+            are pruned, which a monitor doesn't record.
     """
     return Monitor(model, every, **arguments)
 
 
-class Monitor:
+class Monitor(OptimizedModule):
     """Call a model, and record by layer and step how far each pruned p is from its dense g.
 
         l1_kept          sum |g| where p is not 0, by sum |g|
@@ -53,8 +55,11 @@ class Monitor:
         bias             <p, g> / <g, g>; its mean is 1 for an unbiased function
 
     All are NaN for g = 0. The sums are those of one process, in float32 (float64 for float64
-    gradients), over all calls of a layer in a step. A training step does not wait for them:
-    reading the record does, for the device.
+    gradients), over all calls of a layer in a step. A backward counts for the step of its forward,
+    whatever has been called in between. A training step does not wait for the numbers: reading the
+    record does, for the device.
+
+    What isn't said here is the model's: parameters, state, attributes, also set ones.
 
     Attributes:
         every: Of so many calls with gradients, the first is recorded.
@@ -63,21 +68,36 @@ class Monitor:
             for those who compile the model themselves.
     """
 
-    def __init__(self, model: torch.nn.Module, every: int, **arguments: Any) -> None:
+    # A compiled module takes what its class doesn't have for its model's.
+    every: int = 1
+    step: int = -1
+    backend: Any = None
+    _arguments: Any = None
+    _pruned: Any = None
+    _recording: Any = None
+    _received: Any = None
+    _sums: Any = None
+    _written: int = -1
+
+    def __init__(self, model: nn.Module, every: int, **arguments: Any) -> None:
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"model: expected a torch.nn.Module, got {model!r}")
         if not isinstance(every, int) or isinstance(every, bool) or every < 1:
             raise ValueError(f"every: expected an int above 0, got {every!r}")
-        self.every = every
-        self.step = -1
+        pruned: Any = torch.compile(model, backend=sdgp, **arguments)
+        super().__init__(pruned._orig_mod, pruned.dynamo_ctx)
         key = next(_keys)
         receivers[key] = self
+        self.every = every
         self.backend = functools.partial(sdgp, monitor=key)
-        self._pruned = torch.compile(model, backend=sdgp, **arguments)
-        self._recording = torch.compile(model, backend=self.backend, **arguments)
-        self._received: list[tuple[int, str, Tensor]] = []
+        recording: Any = torch.compile(model, backend=self.backend, **arguments)
+        self._arguments = arguments
+        self._pruned, self._recording = self.forward, recording.forward
+        self.forward = self._forward_of_step
+        self._received: deque[tuple[Tensor, str, Tensor]] = deque()
         self._sums: dict[int, dict[str, Tensor]] = {}
-        self._written = -1
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def _forward_of_step(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the model returns."""
         if not torch.is_grad_enabled():
             return self._pruned(*args, **kwargs)
@@ -85,14 +105,20 @@ class Monitor:
         due = self.step % self.every == 0
         return (self._recording if due else self._pruned)(*args, **kwargs)
 
-    def receive(self, layers: str, numbers: Tensor) -> None:
+    def __reduce__(self) -> Any:
+        """Copy as a monitor of a copy of the model, with a record of its own."""
+        make = functools.partial(type(self), every=self.every, **self._arguments)
+        return make, (self._orig_mod,)
+
+    def receive(self, layers: str, step: Tensor, numbers: Tensor) -> None:
         """Keep what a graph has recorded.
 
         Args:
-            layers: Names of layers, as JSON.
+            layers: Names of layers, for `layers_recorded`.
+            step: Step of the graph's forward.
             numbers: SUMS of one layer after the other.
         """
-        self._received.append((self.step, layers, numbers))
+        self._received.append((step, layers, numbers))
 
     def to_dict(self) -> dict[str, dict[str, list[Any]]]:
         """Return the record in plain numbers, for JSON.
@@ -165,11 +191,11 @@ class Monitor:
 
     def _read(self) -> None:
         """Fetch what was received, and add it up by step and layer."""
-        received, self._received = self._received, []
-        for step, layers, numbers in received:
-            sums = self._sums.setdefault(step, {})
+        while self._received:
+            step, layers, numbers = self._received.popleft()
+            sums = self._sums.setdefault(int(step), {})
             rows = numbers.double().cpu().view(-1, len(SUMS))
-            for name, row in zip(json.loads(layers), rows, strict=True):
+            for name, row in zip(layers_recorded(layers), rows, strict=True):
                 sums[name] = sums[name] + row if name in sums else row
 
 

@@ -2,21 +2,23 @@
 
     p = sdgp.prune_nm(g, ...)
     sum|g|, sum|g| where p != 0, sum g^2, sum (p - g)^2, sum p g          of every layer
-    sdgp.record([...], ...)
+    sdgp.record([...], step, ...)
 
-The sums are ordinary operators: Inductor computes all of a layer's in one loop over g and p.
+step is that of the forward, which reads it and saves it like an activation. The sums are ordinary
+operators: Inductor computes all of a layer's in one loop over g and p.
 """
 
 from __future__ import annotations
 
-import json
 from typing import Any, cast
+from urllib.parse import quote, unquote
 
 import torch
-from torch import fx
+from torch import Tensor, fx
+from torch.utils.checkpoint import CheckpointPolicy
 
 from ..kernels.op import PRUNE_NM
-from ..kernels.record import RECORD
+from ..kernels.record import RECORD, STEP
 from ..kernels.reference import accumulation_dtype
 from ..kernels.sparse.op import PRUNED_INPUT_GRAD
 from .graph import add_call, compute
@@ -33,8 +35,8 @@ def record_statistics(graph: fx.Graph, key: str) -> None:
     A graph that nothing is pruned in, and one that records already, are left as they are.
 
     Args:
-        key: Key of the receiver in `kernels.record`. It gets the layers' names as JSON, and their
-            sums one layer after the other.
+        key: Key of the receiver in `kernels.record`. It gets the layers' names, to be read by
+            `layers_recorded`, and their sums one layer after the other.
     """
     if graph.find_nodes(op="call_function", target=RECORD):
         return
@@ -48,9 +50,32 @@ def record_statistics(graph: fx.Graph, key: str) -> None:
     if not pruned:
         return
     sums = [total for node, reader in pruned for total in _sums(node, reader)]
-    layers = json.dumps([_layer_name(node) for node, _ in pruned])
-    add_call(RECORD, (sums, key, layers), None, pruned[-1][1])
+    # Quotation marks would end the string in the code that Inductor's cpp_wrapper writes.
+    layers = ",".join(quote(_layer_name(node), safe=".") for node, _ in pruned)
+    step = _step(graph, key, pruned[-1][0].meta["val"])
+    add_call(RECORD, (sums, step, key, layers), None, pruned[-1][1])
     graph.lint()
+
+
+def layers_recorded(layers: str) -> list[str]:
+    """Return the names of layers from what a graph gives a receiver."""
+    return list(map(unquote, layers.split(",")))
+
+
+def _step(graph: fx.Graph, key: str, like: Tensor) -> fx.Node:
+    """Read the receiver's step at the start of the forward, on the device of like.
+
+    The partitioner is told not to read it again in the backward.
+    """
+    first = next(node for node in graph.nodes if node.op != "placeholder")
+    with graph.inserting_before(first):
+        step = graph.call_function(STEP, (key, like.device))
+    step.meta = {
+        "val": like.new_empty((), dtype=torch.int64),
+        "partitioner_tag": "must_be_in_forward",
+        "recompute": CheckpointPolicy.MUST_SAVE,
+    }
+    return step
 
 
 def _layer_name(pruned: fx.Node) -> str:
