@@ -224,7 +224,7 @@ def test_statistics_are_those_of_the_values_that_are_multiplied(settings):
         torch.manual_seed(0)
         values = run(gm, inputs)
         (node,) = find(gm, RECORD)
-        recorded.append(([values[total.name] for total in node.args[0]], node.args[2]))
+        recorded.append(([values[total.name] for total in node.args[0]], node.args[3]))
         for mine, other in zip(outputs(gm, inputs), expected, strict=True):
             assert torch.equal(mine, other)
     (dense, names), (sparse, same_names) = recorded
