@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -106,13 +106,13 @@ def _inductor(
     # errors are Inductor's own. torch 2.15 has the name.
     named = {} if name is None else {"name": name}
     compile_graph = torch._TorchCompileInductorWrapper(mode, options, None, **named)
-    with graph_pass.noting_cache_hit():
+    with graph_pass.observed():
         return compile_graph(gm, example_inputs)
 
 
 def aot_eager(
     rewrite: Callable[[fx.Graph], Any],
-    decompositions: Mapping[Any, Callable[..., Any]] | None = None,
+    decompositions: dict[Any, Callable[..., Any]] | None = None,
 ) -> Callable[..., Any]:
     """Return a backend that is the stock "aot_eager", with rewrite in between.
 

@@ -9,10 +9,12 @@ import logging
 import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch._functorch.config as functorch_config
 from torch import fx, nn
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch._logging import trace_structured
@@ -78,8 +80,8 @@ class Observer(Protocol):
         """Learn that a compilation was served by a cache, and that the pass did not run."""
 
 
-# All who want to be shown; an observer adds itself, and has to remove itself.
-observers: list[Observer] = []
+# All who want to be shown what this thread compiles; who sets it has to reset it.
+observers: ContextVar[tuple[Observer, ...]] = ContextVar("observers", default=())
 
 
 class PruneInputGrads(CustomGraphPass):
@@ -131,12 +133,17 @@ class PruneInputGrads(CustomGraphPass):
         return (get_hash_for_files(_SOURCES, decisive), *others)
 
     @contextmanager
-    def noting_cache_hit(self) -> Iterator[None]:
-        """Tell observers if what is compiled inside came from a cache, ahead of the pass."""
+    def observed(self) -> Iterator[None]:
+        """Compile inside without AOTAutograd's cache, which is ahead of the pass, for observers.
+
+        Tell them if it served what is compiled all the same.
+        """
+        caches = {"enable_autograd_cache": False, "enable_remote_autograd_cache": False}
         runs = self.runs
-        yield
+        with functorch_config.patch(caches) if observers.get() else nullcontext():
+            yield
         if self.runs == runs:
-            for observer in tuple(observers):
+            for observer in observers.get():
                 observer.on_cached()
 
     def _rewrite(
@@ -165,7 +172,7 @@ class PruneInputGrads(CustomGraphPass):
             return readable(before[0])
 
         _trace("joint_graph_before", snapshot)  # Calls it if there is a trace.
-        if not before and (observers or log.isEnabledFor(logging.DEBUG)):
+        if not before and (observers.get() or log.isEnabledFor(logging.DEBUG)):
             before.append(_copy(graph))
         if not before:
             return self._rewrite(graph)
@@ -175,7 +182,7 @@ class PruneInputGrads(CustomGraphPass):
         # Their layers' nodes are those of the graph itself, and would keep it alive.
         decided = tuple(dataclasses.replace(decision, layer=None) for decision in decisions)
         rewritten = RewrittenGraph(before[0], pruned[0], _copy(graph), decided)
-        for observer in tuple(observers):
+        for observer in observers.get():
             observer.on_rewrite(rewritten)
         log.debug("%s", rewritten.diff_by_step())
         _trace("joint_graph_after", lambda: readable(rewritten.after))

@@ -6,10 +6,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import overload
 
-import torch._functorch.config as functorch_config
-
-from .. import graph_pass
-from ..graph_pass import RewrittenGraph
+from ..graph_pass import RewrittenGraph, observers
 
 
 class Captured(Sequence[RewrittenGraph]):
@@ -65,16 +62,15 @@ def capture() -> Iterator[Captured]:
             compiled(images).sum().backward()
         print(captured[0].diff())
 
-    AOTAutograd's cache would hide them, as the pass doesn't run on what it serves; so it is left
-    out inside. Inductor's cache of generated code, which comes after the pass, is used. What is
-    compiled is the same. A graph that was compiled before is not compiled again.
+    Inside is what this thread compiles; other threads have captures of their own.
+
+    AOTAutograd's cache would hide the graphs, as the pass doesn't run on what it serves; so it is
+    left out inside. Inductor's cache of generated code, which comes after the pass, is used. What
+    is compiled is the same. A graph that was compiled before is not compiled again.
     """
     captured = Captured()
-    graph_pass.observers.append(captured)
+    token = observers.set((*observers.get(), captured))
     try:
-        with functorch_config.patch(
-            enable_autograd_cache=False, enable_remote_autograd_cache=False
-        ):
-            yield captured
+        yield captured
     finally:
-        graph_pass.observers[:] = [o for o in graph_pass.observers if o is not captured]
+        observers.reset(token)

@@ -208,10 +208,20 @@ class DryRun:
         else:
             return
         holders = self._holders(weight if weight._base is None else weight._base)
-        shapes = (tuple(tensor.shape) for tensor in (x, weight, output))
-        facts: Any = (*shapes, x.requires_grad, weight.requires_grad, *settings)
         for holder in holders[:1]:
-            self.on_product(Product(holder.module, kind, self._is_in_graph, *facts))
+            self.on_product(
+                Product(
+                    holder.module,
+                    kind,
+                    self._is_in_graph,
+                    tuple(x.shape),
+                    tuple(weight.shape),
+                    tuple(output.shape),
+                    x.requires_grad,
+                    weight.requires_grad,
+                    *settings,
+                )
+            )
 
     def _on_value(self, dtype: torch.dtype) -> bool | int | float:
         """Guess the value of a tensor that the model asks for."""

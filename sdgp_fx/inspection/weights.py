@@ -69,10 +69,11 @@ def _backward_nodes(graph: fx.Graph) -> set[fx.Node]:
     """Find the nodes that are computed from gradients of the graph's outputs."""
     found: set[fx.Node] = set()
     for node in graph.nodes:
-        is_tangent = node.op == "placeholder" and node.target.startswith("tangents")
-        if is_tangent or (
-            node.op == "call_function" and not found.isdisjoint(node.all_input_nodes)
-        ):
+        if node.op == "placeholder":
+            is_backward = node.target.startswith("tangents")
+        else:
+            is_backward = node.op != "output" and not found.isdisjoint(node.all_input_nodes)
+        if is_backward:
             found.add(node)
     return found
 

@@ -5,18 +5,19 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch._functorch.config as functorch_config
 from torch import nn
 from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache
 
 import sdgp_fx
 from sdgp_fx import SDGPConfig, graph_pass
-from sdgp_fx.inspection import capture
 from sdgp_fx.kernels.op import PRUNE_NM
 from sdgp_fx.kernels.sparse.op import PRUNED_INPUT_GRAD
 from sdgp_fx.passes.convolutions import CONVOLUTION_BACKWARD
@@ -24,6 +25,7 @@ from sdgp_fx.passes.convolutions import CONVOLUTION_BACKWARD
 from ..helpers.graphs import random_inputs, run
 
 EAGER = {"sdgp.inner": "aot_eager"}
+CACHE = functorch_config.enable_autograd_cache
 
 
 def model():
@@ -97,7 +99,7 @@ def test_a_graph_break_makes_two_and_captures_nest():
     assert (len(inner), len(outer)) == (2, 3)
     assert inner[1] is outer[1]
     assert outer[:2] == list(inner)
-    assert graph_pass.observers == []
+    assert graph_pass.observers.get() == ()
 
 
 def test_what_is_no_training_graph_or_compiled_already_is_not_captured():
@@ -131,10 +133,32 @@ def test_nothing_is_copied_while_nobody_looks(monkeypatch):
     step(model())
 
 
+def test_a_thread_sees_its_own_graphs_alone():
+    """Captures that begin and end in turn, each with a network of its own number of layers."""
+    began, ended, seen = threading.Barrier(2), threading.Barrier(2), {}
+
+    def train(layers):
+        with sdgp_fx.capture() as captured:
+            began.wait(60)
+            step(nn.Sequential(nn.Conv2d(3, 8, 1), *(nn.Conv2d(8, 8, 1) for _ in range(layers))))
+            ended.wait(600)
+            seen[layers] = [len(graph.decisions) - 1 for graph in captured]
+
+    with sdgp_fx.capture() as outside:
+        threads = [threading.Thread(target=train, args=(layers,)) for layers in (1, 2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert seen == {1: [1], 2: [2]}
+    assert len(outside) == 0
+    assert functorch_config.enable_autograd_cache == CACHE
+
+
 def test_an_error_ends_the_capture():
     with pytest.raises(RuntimeError, match="mine"), sdgp_fx.capture():
         raise RuntimeError("mine")
-    assert graph_pass.observers == []
+    assert graph_pass.observers.get() == ()
 
 
 def test_caches(monkeypatch):
@@ -160,8 +184,8 @@ def test_caches(monkeypatch):
         assert (hits, misses, len(captured), captured.cached) == (0, 0, 1, 0)
         assert use(nullcontext())[:2] == (1, 0)
 
-        in_use = SimpleNamespace(patch=lambda **_: nullcontext())
-        monkeypatch.setattr(capture, "functorch_config", in_use)
+        in_use = SimpleNamespace(patch=lambda _: nullcontext())
+        monkeypatch.setattr(graph_pass, "functorch_config", in_use)
         hits, misses, captured = use(sdgp_fx.capture())
         assert (hits, misses, len(captured), captured.cached) == (1, 0, 0, 1)
         assert "1 graphs came from AOTAutograd's cache" in str(captured)

@@ -1,5 +1,6 @@
 """Test sdgp_fx.monitor: statistics against their definition, and a model that doesn't notice."""
 
+import copy
 import math
 
 import pytest
@@ -10,7 +11,7 @@ import sdgp_fx
 from sdgp_fx import SDGPConfig, backend, graph_pass
 from sdgp_fx.inspection.monitor import STATISTICS
 from sdgp_fx.kernels import reference
-from sdgp_fx.kernels.record import RECORD
+from sdgp_fx.kernels.record import RECORD, STEP
 from sdgp_fx.passes.statistics import record_statistics
 
 from ..helpers.graphs import joint_graph
@@ -180,6 +181,46 @@ def test_its_backend_records_for_a_model_that_a_trainer_holds(model, monkeypatch
     assert monitor.to_dict()["last"]["step"] == [0, 2]
 
 
+@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("options", [{}, {"cpp_wrapper": True}])
+def test_a_backward_counts_for_its_forwards_step(inner, options):
+    """Other forwards may come in between: of a discriminator, of micro-batches, of a pipeline."""
+    if options and inner == "aot_eager":
+        pytest.skip("cpp_wrapper is Inductor's")
+    options = {**options, "sdgp.inner": inner}
+    name = 'a "quoted", name'
+
+    def make():
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
+        model.add_module(name, nn.Conv2d(8, 8, 3))
+        return sdgp_fx.monitor(model, every=2, options=options)
+
+    monitor, expected = make(), []
+    for number in range(3):
+        torch.manual_seed(0)
+        alone = make()
+        alone(images(number)).square().sum().backward()
+        expected += alone.to_dict()[name]["bias"]
+    torch.manual_seed(0)
+    monitor = make()
+    losses = [monitor(images(number)).square().sum() for number in (0, 7, 1, 7, 2)]
+    assert len(set(expected)) == 3
+    for loss in (losses[4], losses[1], losses[0], losses[2], losses[3]):
+        loss.backward()
+    record = monitor.to_dict()
+    assert list(record) == [name]
+    assert record[name]["step"] == [0, 2, 4]
+    assert record[name]["bias"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_two_forwards_of_one_loss_are_two_steps(model):
+    monitor = sdgp_fx.monitor(model, every=2, options=EAGER)
+    for number in range(2):
+        real, fake = (monitor(images(i)) for i in (number, 7))
+        (real - fake).square().mean().backward()
+    assert monitor.to_dict()["last"]["step"] == [0, 2]
+
+
 def test_monitors_of_two_models_are_apart_and_may_go():
     models = [Net(), Net()]
     monitors = [sdgp_fx.monitor(model, options=EAGER) for model in models]
@@ -224,8 +265,9 @@ def test_off_the_graphs_are_what_they_were_and_on_nothing_else_is_added(model, m
     train(sdgp_fx.monitor(model, every=2, options=EAGER), model, 2)
     without, on, off = joints
     assert str(off) == str(without) != str(on)
-    (record,) = on.find_nodes(op="call_function", target=RECORD)
-    on.erase_node(record)
+    for target in (RECORD, STEP):
+        (node,) = on.find_nodes(op="call_function", target=target)
+        on.erase_node(node)
     on.eliminate_dead_code()
     assert str(on) == str(without)
 
@@ -250,6 +292,67 @@ def test_nothing_pruned_nothing_recorded(model):
     before = str(graph)
     record_statistics(graph, "0")
     assert str(graph) == before
+
+
+# What a compiled module answers
+
+
+class Named(Net):
+    scale = 2
+
+    def double(self):
+        return self.scale * 2
+
+
+def test_it_answers_what_a_compiled_module_does():
+    model = Named()
+    compiled = torch.compile(model, backend="sdgp", options=EAGER)
+    monitor = sdgp_fx.monitor(model, options=EAGER)
+    assert isinstance(monitor, torch._dynamo.OptimizedModule)
+    names = [name for name, _ in compiled.named_parameters()]
+    assert [name for name, _ in monitor.named_parameters()] == names
+    assert all(a is b for a, b in zip(monitor.parameters(), model.parameters(), strict=True))
+    assert [name for name, _ in monitor.named_modules()] == [n for n, _ in compiled.named_modules()]
+    assert monitor.state_dict().keys() == compiled.state_dict().keys()
+    monitor.load_state_dict(compiled.state_dict())
+    assert monitor.eval() is monitor
+    assert not any(part.training for part in (monitor, model, model.dropout))
+    assert monitor.train().training
+    assert model.dropout.training
+    assert monitor.first is model.first
+    assert monitor.double() == 4
+    assert "first" in dir(monitor)
+    monitor.scale = 3
+    assert model.scale == 3
+    assert not hasattr(monitor, "no_such")
+    torch.optim.SGD(monitor.parameters())
+    outer = nn.Sequential(monitor)
+    assert len(list(outer.parameters())) == len(list(model.parameters()))
+
+
+def test_hooks_of_it_run_once_for_each_call(model):
+    monitor, calls = sdgp_fx.monitor(model, every=2, options=EAGER), []
+    monitor.register_forward_hook(lambda *_: calls.append(monitor.step))
+    train(monitor, model, 3)
+    assert calls == [0, 1, 2]
+
+
+def test_a_copy_is_a_monitor_of_a_copied_model(model):
+    monitor = sdgp_fx.monitor(model, every=1, options=EAGER)
+    train(monitor, model, 2)
+    copied = copy.deepcopy(monitor)
+    assert copied.first.weight is not model.first.weight
+    assert torch.equal(copied.first.weight, model.first.weight)
+    assert not copied.to_dict()
+    copied(images()).square().mean().backward()
+    assert copied.to_dict()["last"]["step"] == [0]
+    assert monitor.to_dict()["last"]["step"] == [0, 1]
+    assert model.first.weight.grad is None
+
+
+def test_what_is_no_module_is_refused():
+    with pytest.raises(ValueError, match=r"model: expected a torch\.nn\.Module, got <function"):
+        sdgp_fx.monitor(images)
 
 
 # Uses of the record
