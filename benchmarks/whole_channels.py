@@ -99,7 +99,7 @@ def measure(
     chosen = {}
     for n, m in patterns:
         options: dict[str, Any] = {"sdgp.n": n, "sdgp.m": m, "sdgp.prune": prune}
-        options["sdgp.structure"] = "channel"
+        options |= {"sdgp.structure": "channel", "sdgp.gradients": "all"}
         profitable = {**options, "sdgp.layers": "profitable"}
         chosen[n, m] = explain(product, *operands[0], options=profitable).layers[0].pruned
         options["sdgp.inner"] = inner

@@ -16,7 +16,8 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from .config import SDGPConfig
 from .graph_pass import PruneInputGrads
 from .inductor import DENSE_HALF_FIRST
-from .passes.module_names import module_roots
+from .passes.module_names import module_names
+from .passes.rules import unmatched_patterns
 
 
 class InvalidOption(ValueError, ShortenTraceback):
@@ -62,11 +63,14 @@ def sdgp(
         raise InvalidOption(
             f"sdgp.structure: expected 'element' with a monitor, got {config.structure!r}"
         )
+    names = module_names(gm)
+    for message in unmatched_patterns(config, names):
+        warnings.warn(message, stacklevel=2)
     is_inductor = config.inner == "inductor"
     graph_pass = PruneInputGrads(
         config,
         before=_take_users_passes(inductor_options) if is_inductor else (),
-        roots=module_roots(gm),
+        names=names,
         monitor=monitor,
         dense_half_first=DENSE_HALF_FIRST,
     )
@@ -133,5 +137,5 @@ def aot_eager(
         inference_compiler=compile_inference,
         partition_fn=partition,
         keep_inference_input_mutations=True,
-        decompositions=decompositions or {},
+        decompositions=dict(decompositions or {}),
     )

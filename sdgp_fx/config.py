@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import os
+import warnings
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
@@ -12,13 +14,17 @@ PRUNING_FUNCTIONS = ("random", "magnitude", "rescaled_magnitude", "mvue")
 RESCALE_SCOPES = ("group", "feature_map", "channel")
 STRUCTURES = ("element", "channel")
 LAYERS = ("all", "profitable")
+PRODUCTS = ("auto", "dense", "sparse")
 TARGETS = ("conv", "linear")
+GRADIENTS = ("backward", "all")
 INNER_COMPILERS = ("inductor", "aot_eager")
 _CHOICES = {
     "prune": PRUNING_FUNCTIONS,
     "rescale": RESCALE_SCOPES,
     "structure": STRUCTURES,
     "layers": LAYERS,
+    "product": PRODUCTS,
+    "gradients": GRADIENTS,
     "inner": INNER_COMPILERS,
 }
 _DEFAULT_PRUNE = {"element": "rescaled_magnitude", "channel": "magnitude"}
@@ -59,6 +65,14 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name}: expected one of {listed}, got {_shown(value)}")
 
 
+def matches(module_name: str, glob: str) -> bool:
+    """Return whether a pattern of include or exclude is this name, or matches it.
+
+    A name may have characters with a meaning in patterns, as "d.a[0]".
+    """
+    return module_name == glob or fnmatchcase(module_name, glob)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SDGPConfig:
     """What is pruned, and how (McDanel et al. 2022, section III-B).
@@ -75,11 +89,16 @@ class SDGPConfig:
             L1 norm, with "group" as their only scope.
         layers: "all" that can be pruned, or "profitable": those in which pruning is expected to
             save time, by a rule on shapes and device.
+        product: What multiplies pruned elements: "dense", the library's product; "sparse", one that
+            skips the zeros, where there is one; or "auto", whichever is expected to be faster.
+            The numbers are the same up to rounding.
         targets: The kinds of layers, "conv", "linear" or both, one string with commas or a
             sequence of strings.
         include, exclude: Glob patterns over module names as `named_modules()` gives them, one
             string with commas or a sequence of strings. A layer is pruned if a pattern of
             include matches its name and none of exclude does.
+        gradients: "backward", what `loss.backward()` computes, or "all": also gradients that the
+            compiled function itself takes, as with `torch.func.grad`.
         inner: "inductor" or "aot_eager", the compiler that gets the rewritten graph.
 
     Raises:
@@ -92,9 +111,11 @@ class SDGPConfig:
     rescale: str = "group"
     structure: str = "element"
     layers: str = "all"
+    product: str = "auto"
     targets: str | Iterable[str] = ("conv",)
     include: str | Iterable[str] = ("*",)
     exclude: str | Iterable[str] = ()
+    gradients: str = "backward"
     inner: str = "inductor"
 
     def __post_init__(self) -> None:
@@ -118,9 +139,14 @@ class SDGPConfig:
 
     def selects(self, module_name: str) -> bool:
         """Return whether include and exclude let the module of this name be pruned."""
-        return any(fnmatchcase(module_name, glob) for glob in self.include) and not any(
-            fnmatchcase(module_name, glob) for glob in self.exclude
+        return any(matches(module_name, glob) for glob in self.include) and not any(
+            matches(module_name, glob) for glob in self.exclude
         )
+
+    @property
+    def has_rules(self) -> bool:
+        """Whether include and exclude leave anything out."""
+        return self.include != ("*",) or bool(self.exclude)
 
     @classmethod
     def from_options(
@@ -141,6 +167,7 @@ class SDGPConfig:
             ValueError: There is an unknown "sdgp." key, or a value that the class refuses.
         """
         environ = os.environ if environ is None else environ
+        _warn_of_unknown_variables(environ)
         fields = [field.name for field in dataclasses.fields(cls)]
         known = [f"{_PREFIX}{name}" for name in fields]
         options = dict(options or {})
@@ -166,6 +193,22 @@ class SDGPConfig:
             if not variables:
                 raise
             raise ValueError(f"{error} (the environment has {', '.join(variables)})") from None
+
+
+def _warn_of_unknown_variables(environ: Mapping[str, str]) -> None:
+    """Warn of variables that are ours by their names, but none that we read."""
+    known = [f"SDGP_{field.name.upper()}" for field in dataclasses.fields(SDGPConfig)]
+    for variable in environ:
+        upper = variable.upper()
+        if not upper.startswith("SDGP") or variable in known:
+            continue
+        close = difflib.get_close_matches(upper, known, 3, cutoff=0.75)
+        hint = f"; close to it: {', '.join(close)}" if close else ""
+        warnings.warn(
+            f"{variable}: expected one of {', '.join(known)}, got an unknown name, which is "
+            f"ignored{hint}",
+            stacklevel=4,
+        )
 
 
 def _integer(variable: str, text: str) -> int:

@@ -21,8 +21,11 @@ from torch._logging import trace_structured
 
 from .config import SDGPConfig
 from .passes.decisions import Decision
-from .passes.marks import is_pruned
+from .passes.marks import is_rewritten
+from .passes.module_names import ModuleNames
+from .passes.products import skip_zeros
 from .passes.prune_input_grads import prune_input_grads
+from .passes.rules import patterns_above_layers
 from .passes.statistics import record_statistics
 
 log = logging.getLogger(__name__)
@@ -34,20 +37,37 @@ _SOURCES = tuple(str(path) for path in sorted(Path(__file__).parent.rglob("*.py"
 
 @dataclasses.dataclass(frozen=True)
 class RewrittenGraph:
-    """A joint graph before and after the pass, as copies with the nodes' meta."""
+    """A joint graph at each step of the pass, as copies with the nodes' meta.
+
+    Attributes:
+        before: As AOTAutograd made it.
+        pruned: With pruned gradients ahead of the input gradients.
+        after: With the products that skip their zeros, where a decision says so.
+    """
 
     before: fx.GraphModule
+    pruned: fx.GraphModule
     after: fx.GraphModule
     decisions: tuple[Decision, ...]
 
-    def diff(self, context: int = 3) -> str:
-        """Return what the pass changed as a unified diff, with context unchanged lines around."""
-        before, after = (readable(gm).splitlines() for gm in (self.before, self.after))
-        lines = difflib.unified_diff(before, after, "before", "after", lineterm="", n=context)
-        return "\n".join(lines)
+    def diff(self, context: int = 3, *, start: str = "before", end: str = "after") -> str:
+        """Return what changed from one step to another as a unified diff.
+
+        Args:
+            context: Unchanged lines around each change.
+            start, end: "before", "pruned" or "after".
+        """
+        old, new = (readable(getattr(self, step)).splitlines() for step in (start, end))
+        return "\n".join(difflib.unified_diff(old, new, start, end, lineterm="", n=context))
+
+    def diff_by_step(self) -> str:
+        """Return what changed as `diff` does, but apart for each step that changed something."""
+        if not (products := self.diff(start="pruned")):
+            return self.diff()
+        return f"{self.diff(end='pruned')}\n{products}"
 
     def __str__(self) -> str:
-        return "\n".join([*map(str, self.decisions), self.diff()])
+        return "\n".join([*map(str, self.decisions), self.diff_by_step()])
 
 
 class Observer(Protocol):
@@ -70,7 +90,7 @@ class PruneInputGrads(CustomGraphPass):
     Args:
         config: What is pruned, and how.
         before: Passes that the user has put into the same place; they run first.
-        roots: From `module_roots`, where the names of layers start.
+        names: `module_names` of Dynamo's graph.
         monitor: Key of the receiver of the statistics, as for `record_statistics`; None records
             none.
         dense_half_first: As for `prune_input_grads`.
@@ -80,13 +100,13 @@ class PruneInputGrads(CustomGraphPass):
         self,
         config: SDGPConfig,
         before: Sequence[Callable[[fx.Graph], Any]] = (),
-        roots: Collection[str] = (),
+        names: ModuleNames = ModuleNames(),  # noqa: B008 (It is frozen.)
         monitor: str | None = None,
         dense_half_first: Collection[str] = (),
     ) -> None:
         self.config = config
         self.before = tuple(before)
-        self.roots = frozenset(roots)
+        self.names = names
         self.monitor = monitor
         self.dense_half_first = frozenset(dense_half_first)
         self.runs = 0
@@ -95,15 +115,21 @@ class PruneInputGrads(CustomGraphPass):
         self.runs += 1
         for other in self.before:
             other(graph)
-        _report(graph, self._rewrite_observed(graph))
+        decisions = self._rewrite_observed(graph)
+        _report(graph, decisions)
+        decided = {decision.module for decision in decisions}
+        for message in patterns_above_layers(self.config, self.names, decided):
+            warnings.warn(message, stacklevel=2)
 
     def uuid(self) -> Any | None:
         """Return the pass's part of the cache key; None has Inductor compile without caches."""
         others = [p.uuid() if isinstance(p, CustomGraphPass) else None for p in self.before]
         if None in others:
             return None
-        sets = sorted(self.roots), sorted(self.dense_half_first)
-        decisive = repr((self.config, *sets, self.monitor))
+        names = None
+        if self.config.has_rules or self.monitor is not None:  # Names decide, or are in the code.
+            names = self.names.decisive()
+        decisive = repr((self.config, names, sorted(self.dense_half_first), self.monitor))
         return (get_hash_for_files(_SOURCES, decisive), *others)
 
     @contextmanager
@@ -120,10 +146,14 @@ class PruneInputGrads(CustomGraphPass):
             for observer in observers.get():
                 observer.on_cached()
 
-    def _rewrite(self, graph: fx.Graph) -> list[Decision]:
-        decisions = prune_input_grads(graph, self.config, self.roots, self.dense_half_first)
+    def _rewrite(
+        self, graph: fx.Graph, on_pruned: Callable[[fx.Graph], None] = lambda graph: None
+    ) -> list[Decision]:
+        decisions = prune_input_grads(graph, self.config, self.names, self.dense_half_first)
+        on_pruned(graph)
+        skip_zeros(graph, self.config)
         if self.monitor is not None:
-            record_statistics(graph, self.monitor, self.roots)
+            record_statistics(graph, self.monitor)
         return decisions
 
     def _rewrite_observed(self, graph: fx.Graph) -> list[Decision]:
@@ -132,7 +162,7 @@ class PruneInputGrads(CustomGraphPass):
         Where there is none of them, this costs nothing.
         """
         # A graph may get here twice: what matters is what became of it the first time.
-        if not is_joint(graph) or any(map(is_pruned, graph.nodes)):
+        if not is_joint(graph) or any(map(is_rewritten, graph.nodes)):
             return self._rewrite(graph)
 
         before: list[fx.GraphModule] = []
@@ -144,18 +174,21 @@ class PruneInputGrads(CustomGraphPass):
         _trace("joint_graph_before", snapshot)  # Calls it if there is a trace.
         if not before and (observers.get() or log.isEnabledFor(logging.DEBUG)):
             before.append(_copy(graph))
-        decisions = self._rewrite(graph)
-        if before:
-            # Their layers' nodes are those of the graph itself, and would keep it alive.
-            decided = tuple(dataclasses.replace(decision, layer=None) for decision in decisions)
-            rewritten = RewrittenGraph(before[0], _copy(graph), decided)
-            for observer in observers.get():
-                observer.on_rewrite(rewritten)
-            log.debug("%s", rewritten.diff())
-            _trace("joint_graph_after", lambda: readable(rewritten.after))
-            _trace("joint_graph_diff", rewritten.diff)
-            plain = [decision.to_dict() for decision in decisions]
-            _trace("decisions", lambda: json.dumps(plain), "json")
+        if not before:
+            return self._rewrite(graph)
+
+        pruned: list[fx.GraphModule] = []
+        decisions = self._rewrite(graph, lambda graph: pruned.append(_copy(graph)))
+        # Their layers' nodes are those of the graph itself, and would keep it alive.
+        decided = tuple(dataclasses.replace(decision, layer=None) for decision in decisions)
+        rewritten = RewrittenGraph(before[0], pruned[0], _copy(graph), decided)
+        for observer in observers.get():
+            observer.on_rewrite(rewritten)
+        log.debug("%s", rewritten.diff_by_step())
+        _trace("joint_graph_after", lambda: readable(rewritten.after))
+        _trace("joint_graph_diff", rewritten.diff)
+        plain = [decision.to_dict() for decision in decisions]
+        _trace("decisions", lambda: json.dumps(plain), "json")
         return decisions
 
 

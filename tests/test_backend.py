@@ -20,6 +20,7 @@ import sdgp_fx
 from sdgp_fx import SDGPConfig, graph_pass
 from sdgp_fx.kernels.op import PRUNE_NM
 from sdgp_fx.passes.convolutions import CONVOLUTION_BACKWARD
+from sdgp_fx.passes.module_names import ModuleNames
 
 EAGER = {"sdgp.inner": "aot_eager"}
 
@@ -161,6 +162,9 @@ def test_a_pass_of_the_users_runs_too(model, x, patches):
     assert user.calls == 1
 
 
+EXCLUDE = SDGPConfig(exclude="a")
+
+
 def test_cache_key_has_all_that_decides_code():
     settings = [
         {},
@@ -168,14 +172,22 @@ def test_cache_key_has_all_that_decides_code():
         {"config": SDGPConfig(structure="channel")},
         {"config": SDGPConfig(structure="channel", prune="mvue")},
         {"config": SDGPConfig(targets="conv,linear")},
-        {"roots": ["L['self']"]},
-        {"roots": ["L['self']", "L['other']"]},
+        {"config": EXCLUDE, "names": ModuleNames(calls=("a",))},
+        {"config": EXCLUDE, "names": ModuleNames(calls=("b",))},
+        {"config": EXCLUDE, "names": ModuleNames(calls=(None,))},
+        {"config": EXCLUDE, "names": ModuleNames(calls=("a", "b", "a"))},
+        {"config": EXCLUDE, "names": ModuleNames(calls=("a", "b", "b"))},
+        {"config": EXCLUDE, "names": ModuleNames(owners=(frozenset("a"),))},
+        {"config": EXCLUDE, "names": ModuleNames(owners=(frozenset("a"), frozenset("b")))},
+        {"config": EXCLUDE, "names": ModuleNames(owners=(frozenset("ab"),))},
+        {"config": EXCLUDE, "names": ModuleNames(frame="a")},
+        {"config": EXCLUDE, "names": ModuleNames(frame=None)},
+        {"config": EXCLUDE, "names": ModuleNames(shared={"0": ("a", "b")})},
         {"monitor": "0"},
         {"monitor": "1"},
+        {"monitor": "1", "names": ModuleNames(calls=("a",))},
         {"dense_half_first": ["cpu"]},
         {"dense_half_first": ["cpu", "cuda"]},
-        # Names that could belong to either setting.
-        {"roots": ["cpu"]},
         {"before": [Counting("a")]},
         {"before": [Counting("a"), Counting("b")]},
     ]
@@ -184,8 +196,12 @@ def test_cache_key_has_all_that_decides_code():
         return graph_pass.PruneInputGrads(config, **rest).uuid()
 
     assert len({key(**setting) for setting in settings}) == len(settings)
-    # Nothing else changes the key: no order of sets, no form of a value, no earlier runs.
-    assert key(roots=["a", "b"]) == key(roots={"b", "a"})
+    # Nothing else changes the key: no order of sets, no form of a value, no earlier runs, names
+    # only where there are rules, and no identities of modules.
+    assert key(dense_half_first=["a", "b"]) == key(dense_half_first={"b", "a"})
+    assert key(names=ModuleNames(calls=("a",))) == key()
+    here, there = (ModuleNames(modules={i: "a"}, shared={i: ("b", "c")}) for i in ("1", "2"))
+    assert key(EXCLUDE, names=here) == key(EXCLUDE, names=there)
     assert key(SDGPConfig(targets=["linear", "conv"])) == key(SDGPConfig(targets="conv,linear"))
     used = graph_pass.PruneInputGrads(SDGPConfig())
     used(torch.fx.Graph())
@@ -481,6 +497,60 @@ def test_changed_source_misses(model, x, unseen, tmp_path, monkeypatch):
     changed.write_text(f"# {unseen}")
     monkeypatch.setattr(graph_pass, "_SOURCES", (*graph_pass._SOURCES, str(changed)))
     assert not is_hit(cache_use(model, x, exclude=unseen))
+
+
+class Given(nn.Module):
+    def forward(self, x, weight):
+        return nn.functional.conv2d(x, weight)
+
+
+class Hyper(nn.Module):
+    """Give a weight to a module that has none, so that the graph is the same for any name."""
+
+    def __init__(self, names, weight_in=""):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.names = nn.Conv2d(3, 8, 3), names
+        for name in names:
+            self.add_module(name, Given())
+        if weight_in:
+            self.add_module(weight_in, nn.Module())
+        self.holder = [self.get_submodule(weight_in)]
+        self.holder[0].weight = nn.Parameter(torch.randn(8, 8, 1, 1))
+
+    def forward(self, x):
+        x = self.stem(x)
+        for name in self.names:
+            x = self._modules[name](x, self.holder[0].weight)
+        return x
+
+
+class ByWeight(Hyper):
+    def forward(self, x):
+        return nn.functional.conv2d(self.stem(x), self.holder[0].weight)
+
+
+@pytest.mark.parametrize(
+    ("excluded", "other"),
+    [
+        (lambda: Hyper(["neck"]), lambda: Hyper(["body"])),
+        (lambda: ByWeight([], "neck"), lambda: ByWeight([], "body")),
+    ],
+)
+def test_no_cache_serves_what_was_decided_for_other_names(excluded, other, x, unseen):
+    """Their graphs are the same."""
+    excluded, other = excluded(), other()
+    rules = {"inner": "inductor", "exclude": ["neck", unseen]}
+    dense = gradients(excluded, x, backend="inductor")["stem.weight"]
+    first = sdgp_gradients(excluded, x, **rules)["stem.weight"]
+    counters.clear()
+    second = sdgp_gradients(other, x, **rules)["stem.weight"]
+    assert counters["aot_autograd"]["autograd_cache_hit"] == 0
+    torch.testing.assert_close(first, dense, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(second, dense, rtol=1e-2)
+    counters.clear()
+    sdgp_gradients(other, x, **rules)
+    assert counters["aot_autograd"]["autograd_cache_hit"] == 1
 
 
 def test_every_source_counts():

@@ -1,4 +1,5 @@
 import dataclasses
+import warnings
 
 import numpy as np
 import pytest
@@ -183,6 +184,39 @@ def test_environment_errors_name_the_variable(environ, words):
     assert all(word in str(error.value) for word in words)
 
 
+@pytest.mark.parametrize(
+    ("variable", "close"),
+    [
+        ("SDGP_TARGET", "SDGP_TARGETS"),
+        ("SDGP_target", "SDGP_TARGETS"),
+        ("sdgp_n", "SDGP_N"),
+        ("SDGPEXCLUDE", "SDGP_EXCLUDE"),
+        ("SDGP_NO_SUCH", ""),
+    ],
+)
+def test_an_unknown_variable_warns(variable, close):
+    with pytest.warns(UserWarning, match=variable) as caught:
+        config, _ = SDGPConfig.from_options(environ={variable: "linear", "SDGP_M": "8"})
+    assert config == SDGPConfig(m=8)
+    (warning,) = caught
+    assert str(warning.message).partition("close to it: ")[2].partition(",")[0] == close
+
+
+def test_no_known_variable_warns():
+    names = [field.name for field in dataclasses.fields(SDGPConfig)]
+    environ = {f"SDGP_{name.upper()}": "" for name in names} | {"PATH": "/", "SDG": "1"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert SDGPConfig.from_options(environ=environ) == (SDGPConfig(), {})
+
+
+def test_has_rules():
+    assert not SDGPConfig().has_rules
+    assert not SDGPConfig(include="*", exclude="").has_rules
+    for rules in ({"include": "a"}, {"include": "*,a"}, {"include": ()}, {"exclude": "a"}):
+        assert SDGPConfig(**rules).has_rules
+
+
 def test_include_and_exclude_are_globs():
     config = SDGPConfig(include="layer*,stem", exclude=["layer4.*", "*.downsample.?"])
     assert config.selects("stem")
@@ -190,6 +224,13 @@ def test_include_and_exclude_are_globs():
     assert not config.selects("head")
     assert not config.selects("layer4.0.conv1")
     assert not config.selects("layer2.0.downsample.0")
+
+
+def test_include_and_exclude_match_names_as_they_are():
+    """A name may have characters that mean something else in a pattern."""
+    config = SDGPConfig(exclude=["d.g[0]"])
+    assert not config.selects("d.g[0]")
+    assert config.selects("d.g[1]")
 
 
 def test_repr_tells_configs_apart():

@@ -42,21 +42,25 @@ PRIVATE = {
         "current_device get_compute_capability get_device_properties is_available"
     ),
     "torch._dynamo.device_interface.CudaInterface.Worker": "current_device get_device_properties",
+    "torch._dynamo.eval_frame": "OptimizeContext OptimizedModule",
     "torch._dynamo.exc.ShortenTraceback": "__init__",
+    "torch._dynamo.symbolic_convert.InstructionTranslator": "current_tx",
     "torch._dynamo.utils.counters": "clear update",
+    "torch._functorch._aot_autograd.descriptors": "PlainAOTInput",
     "torch._functorch.config": (
         "enable_autograd_cache enable_remote_autograd_cache force_non_lazy_backward_lowering patch"
     ),
     "torch._functorch.eager_transforms": "_autograd_grad",
     "torch._functorch.partitioners": "min_cut_rematerialization_partition",
     "torch._inductor": "list_mode_options utils",
+    "torch._inductor.codecache.CppCodeCache": "load",
     "torch._inductor.compile_fx": "compile_fx compile_fx_inner",
     "torch._inductor.config": "compile_threads fx_graph_cache joint_custom_pre_pass patch triton",
     "torch._inductor.cpp_builder": "get_cpp_compiler",
     "torch._inductor.custom_graph_pass": "CustomGraphPass get_hash_for_files",
     "torch._inductor.decomposition": "is_gpu select_decomp_table",
     "torch._inductor.dependencies": "Dep StarDep WeakDep",
-    "torch._inductor.exc": "InvalidCxxCompiler",
+    "torch._inductor.exc": "CppCompileError InvalidCxxCompiler",
     "torch._inductor.graph": "GraphLowering",
     "torch._inductor.graph.GraphLowering": "_compile_to_module",
     "torch._inductor.ir": (

@@ -72,6 +72,7 @@ def examine() -> Iterator[Finding]:
     yield find_gpu()
     yield find_triton()
     yield find_cpp(config.inner)
+    yield find_sparse_product()
     yield find_plan(config.inner)
     yield find_training(config.inner)
 
@@ -170,6 +171,20 @@ def cpp_compiler() -> str:
     from torch._inductor.cpp_builder import get_cpp_compiler
 
     return get_cpp_compiler()
+
+
+def find_sparse_product() -> Finding:
+    """Compile what skips the zeros of pruned gradients on the CPU, or find it compiled."""
+    import torch
+
+    from ..kernels.sparse.op import why_not_sparse
+
+    name, begin = "sparse product", perf_counter()
+    reason = why_not_sparse(torch.float32, torch.device("cpu"))
+    if reason:
+        return Finding(name, f"{reason}: pruned gradients are multiplied as dense ones")
+    seconds = perf_counter() - begin
+    return Finding(name, f"skips the zeros on the CPU; compiled or found in {seconds:.1f} s")
 
 
 def find_plan(inner: str) -> Finding:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -178,20 +179,61 @@ class Registers:
         return values
 
     def largest(self, scores: GroupValue, n: int, free_bits: bool) -> GroupValue:
-        """Mask those whose rank, the number of scores that go before them, is below n.
-
-        Before i goes every j < i, unless i is larger, and every larger j > i.
-        """
-        pairs = itertools.combinations(range(self.m), 2)
-        larger = {(i, j): ops.to_dtype(ops.lt(scores[i], scores[j]), torch.int32) for i, j in pairs}
+        """Mask as `Tile.largest` does, in 32 bits, which vectors have most of."""
+        if free_bits:
+            last_places = [_int32(self.m - 1 - i) for i in range(self.m)]
+            keys = self.each(ops.bitwise_or, scores, last_places)
+            return self.each(ops.ge, keys, _nth_largest(keys, n))
+        # What is above the n-th largest, and of its equals the first that there is room for. Scores
+        # have 31 bits, so their differences have a sign.
+        below = self.each(ops.sub, _nth_largest(scores, n), scores)
+        above = self.each(ops.bitwise_right_shift, below, _int32(31))
+        room = ops.add(_int32(n), self.total(above))
         keep = []
-        for i in range(self.m):
-            after = [larger[i, j] for j in range(i + 1, self.m)] or [_int32(0)]
-            rank_less_i = functools.reduce(ops.add, after)
-            for j in range(i):
-                rank_less_i = ops.sub(rank_less_i, larger[j, i])
-            keep.append(ops.lt(rank_less_i, _int32(n - i)))
+        for difference in below:
+            has_room = ops.to_dtype(ops.gt(room, _int32(0)), torch.int32)
+            keep.append(ops.lt(difference, has_room))
+            is_equal = ops.to_dtype(ops.eq(difference, _int32(0)), torch.int32)
+            room = ops.sub(room, is_equal)
         return keep
+
+
+def _nth_largest(keys: list[Variable], n: int) -> Variable:
+    """Sort as far as the n-th of the descending keys needs it."""
+    needed, comparators = {n - 1}, []
+    for i, j in reversed(_sorting_network(len(keys))):
+        if i in needed or j in needed:
+            comparators.append((i, j, i in needed, j in needed))
+            needed |= {i, j}
+    keys = list(keys)
+    for i, j, needs_larger, needs_smaller in reversed(comparators):
+        a, b = keys[i], keys[j]
+        if needs_larger:
+            keys[i] = ops.maximum(a, b)
+        if needs_smaller:
+            keys[j] = ops.minimum(a, b)
+    return keys[n - 1]
+
+
+def _sorting_network(size: int) -> list[tuple[int, int]]:
+    """Return the pairs of places that Batcher's odd-even merge sort compares, for a power of two.
+
+    The larger key goes to the first of the two places.
+    """
+
+    def merge(places: range) -> list[tuple[int, int]]:
+        if len(places) == 2:
+            return [(places[0], places[1])]
+        between = zip(places[1:-1:2], places[2::2], strict=True)
+        return [*merge(places[::2]), *merge(places[1::2]), *between]
+
+    def sort(places: range) -> list[tuple[int, int]]:
+        if len(places) == 1:
+            return []
+        half = len(places) // 2
+        return [*sort(places[:half]), *sort(places[half:]), *merge(places)]
+
+    return sort(range(size))
 
 
 def _magnitude_keep(
@@ -226,8 +268,15 @@ def _rescaled_magnitude(
     size = group.each(ops.abs, values)
     keep = _magnitude_keep(group, size, n, dtype)
     factor = ops.truediv(group.total(size), group.total(_kept(group, keep, size)))
-    factor = ops.where(_is_finite(factor), factor, _float32(1))
-    return _kept(group, keep, group.each(ops.mul, values, factor))
+    is_finite = _is_finite(factor)
+    factor = ops.where(is_finite, factor, _float32(1))
+    # The limit is infinite for NaN and infinities, whose factor is 1.
+    limit = ops.where(is_finite, _float32(torch.finfo(dtype).max), _float32(math.inf))
+
+    def scaled(value: Variable, factor: Variable, limit: Variable) -> Variable:
+        return ops.maximum(ops.minimum(ops.mul(value, factor), limit), ops.neg(limit))
+
+    return _kept(group, keep, group.each(scaled, values, factor, limit))
 
 
 def _mvue(
@@ -240,19 +289,19 @@ def _mvue(
     zero, one = _float32(0), _float32(1)
 
     def joins(size: Variable, room: Variable, rest: Variable) -> Variable:
-        return ops.logical_and(ops.gt(size, zero), ops.ge(ops.mul(room, size), rest))
+        return ops.ge(ops.mul(room, size), rest)
 
     size = group.each(ops.abs, values)
     room, rest = _float32(n), group.total(size)
     finite = _is_finite(rest)
-    certain, uncertain = None, size
+    uncertain = size
     for _ in range(n):
-        joining = group.each(joins, size, room, rest)
-        certain = joining if certain is None else group.each(ops.logical_or, certain, joining)
-        uncertain = group.each(ops.where, certain, zero, size)
-        room = group.total(group.each(ops.where, certain, zero, one))
-        room = ops.sub(room, _float32(group.m - n))
+        # A zero joins only once the rest is zero, and then the room is not read any more.
+        joining = group.each(joins, uncertain, room, rest)
+        uncertain = group.each(ops.where, joining, zero, uncertain)
+        room = ops.sub(room, group.total(group.each(ops.where, joining, one, zero)))
         rest = group.total(uncertain)
+    certain = group.each(ops.ne, size, uncertain)
 
     # Prefix sums from the lowest channel up; their last is the sum that they have to reach.
     prefixes = list(itertools.accumulate(group.columns(uncertain), ops.add))
@@ -277,7 +326,7 @@ def _mvue(
         result = ops.where(certain, value, drawn)
         return ops.where(finite, result, ops.where(by_magnitude, value, zero))
 
-    step = ops.truediv(rest, room)
+    step = ops.minimum(ops.truediv(rest, room), _float32(torch.finfo(dtype).max))
     by_magnitude = _magnitude_keep(group, size, n, dtype)
     return group.each(unbiased, values, certain, group.spread(sampled), by_magnitude)
 
@@ -289,7 +338,7 @@ def _kept(group: Tile | Registers, keep: GroupValue, values: GroupValue) -> Grou
 
 def _is_finite(value: Variable) -> Variable:
     """Whether a value that is not negative is finite; NaN isn't."""
-    return ops.lt(value, _float32(float("inf")))
+    return ops.lt(value, _float32(math.inf))
 
 
 def _philox(seed: Variable, number: Variable, block: int) -> list[Variable]:

@@ -16,7 +16,7 @@ from ..passes.convolutions import convolution_macs
 from ..passes.decisions import Decision
 from ..passes.layers import plain_sizes
 from ..passes.linears import linear_macs
-from ..passes.module_names import module_roots
+from ..passes.module_names import module_names
 from ..passes.prune_input_grads import prune_input_grads
 from .dry_run import DryRun, Held, Product, without_wrappers
 from .report import Explanation, LayerReport, MultiplyAdds
@@ -83,14 +83,14 @@ def explain(
     def backend(
         gm: fx.GraphModule, example_inputs: Sequence[Any], held: Mapping[int, Sequence[Held]]
     ) -> Callable[..., Any]:
-        roots = module_roots(gm)
+        graph_names = module_names(gm)
 
         def rewrite(graph: fx.Graph) -> None:
             origins = find_origins(graph, held)
             for position, reason in why_no_layer(graph, origins).items():
                 for holder in held[position]:
                     uses[holder].add(reason)
-            decisions = prune_input_grads(graph, config, roots)
+            decisions = prune_input_grads(graph, config, graph_names)
             # The backward goes from the last layer to the first.
             layers.extend(_decided(decision, config) for decision in reversed(decisions))
             for decision in decisions:

@@ -29,8 +29,8 @@ class MultiplyAdds:
 
     Attributes:
         forward, input_gradient, weight_gradient: Multiply-adds of each product.
-        saved: Those of input_gradient that multiply the zeros of pruning. Whether they are saved
-            in fact is up to the kernel that multiplies.
+        saved: Those of input_gradient that multiply the zeros of pruning. A sparse product skips
+            them, a dense one does not.
     """
 
     forward: int | None = 0
@@ -170,6 +170,7 @@ class Explanation(Sequence[LayerReport]):
                 str(layer.groups),
                 _shape(layer.grad_output_shape),
                 *map(_si, dataclasses.astuple(layer.multiply_adds)),
+                layer.product or "-",
                 layer.decision,
             )
             for layer in self.layers
@@ -190,8 +191,23 @@ class Explanation(Sequence[LayerReport]):
             f"{_percent(total.saved, total.input_gradient)} of the input gradients', "
             f"{_percent(total.saved, total.all)} of all",
         ]
+        lines += self._products()
         lines += [f"graph break: {graph_break}" for graph_break in self.graph_breaks]
         return lines + [f"warning: {warning}" for warning in self.warnings]
+
+    def _products(self) -> list[str]:
+        """Say how many layers' zeros are skipped, and why those of others are not."""
+        pruned = [layer for layer in self.layers if layer.pruned]
+        reasons = Counter(layer.product_reason for layer in pruned if layer.product == "dense")
+        if not pruned or self.config.structure != "element":
+            return []
+        sparse = [layer for layer in pruned if layer.product == "sparse"]
+        skipped = sum(layer.multiply_adds.saved or 0 for layer in sparse)
+        dense = "".join(f", {n} dense: {reason}" for reason, n in reasons.most_common())
+        return [
+            f"products of pruned layers: {len(sparse)} of {len(pruned)} sparse, which skip "
+            f"{_si(skipped)} multiply-adds{dense}"
+        ]
 
 
 _HEADER = (
@@ -204,6 +220,7 @@ _HEADER = (
     "input grad",
     "weight grad",
     "saved",
+    "product",
     "input gradient is",
 )
 _NUMBERS = slice(3, 9)  # Columns that are aligned to the right.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .reference import accumulation_dtype
+from .reference import accumulation_dtype, saturated
 
 
 def channel_norms(grad_output: Tensor, dim: int) -> Tensor:
@@ -77,6 +77,16 @@ def select_channels(
         raise ValueError(f"prune: whole channels have no pruning function {prune!r}")
     first = torch.arange(0, norms.numel(), m, device=norms.device).unsqueeze(-1)
     return (place + first).flatten(), None if factor is None else factor.flatten()
+
+
+def scale_channels(kept: Tensor, factor: Tensor, dim: int) -> Tensor:
+    """Multiply channels by their factors; what is finite stays so, as with `reference.saturated`.
+
+    Args:
+        factor: Of `select_channels`.
+        dim: The dimension of the channels.
+    """
+    return saturated(kept * factor.view(-1, *[1] * (kept.dim() - 1 - dim)), kept)
 
 
 def _descending(groups: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ def prune_nm(
     Raises:
         ValueError: An argument is not as described here and in `SDGPConfig`.
     """
-    _check(grad_output, seed, n, m, prune, rescale, groups)
+    check_arguments(grad_output, seed, n, m, prune, rescale, groups)
     return reference.prune_nm(grad_output, seed, n, m, prune, rescale)
 
 
@@ -58,13 +58,13 @@ PRUNE_NM = torch.ops.sdgp.prune_nm.default
 def _(grad_output: Tensor, *settings: Any) -> Tensor:
     from . import triton_prune
 
-    _check(grad_output, *settings)
+    check_arguments(grad_output, *settings)
     return triton_prune.prune_nm(grad_output, *settings[:-1])  # all but groups
 
 
 @prune_nm.register_fake
 def _(grad_output: Tensor, *settings: Any) -> Tensor:
-    _check(grad_output, *settings)
+    check_arguments(grad_output, *settings)
     return torch.empty_like(grad_output)
 
 
@@ -140,7 +140,7 @@ def prune(
     return torch.ops.sdgp.prune_nm(grad_output, seed, n, m, prune, rescale, groups)
 
 
-def _check(
+def check_arguments(
     grad_output: Tensor,
     seed: Tensor | None,
     n: int,

@@ -75,7 +75,7 @@ def prune_nm(
         result = mvue(values, uniform(values.shape[:-1], _required(seed, prune)), n)
     else:
         raise ValueError(f"prune: the reference has no pruning function {prune!r}")
-    pruned = result.to(groups.dtype).flatten(-2).movedim(-1, 1)
+    pruned = saturated(result, groups).flatten(-2).movedim(-1, 1)
     return torch.empty_like(grad_output).copy_(pruned)
 
 
@@ -100,6 +100,20 @@ def channel_groups(grad_output: Tensor, m: int) -> Tensor:
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype in which values of this dtype are summed and scaled."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def saturated(result: Tensor, gradient: Tensor) -> Tensor:
+    """Round to the dtype of the gradient, where what was finite stays finite.
+
+    A scaled value may be too large for the dtype, float16 above all, and becomes the largest number
+    of its sign: an infinity would tell a gradient scaler that the loss had overflowed.
+
+    Args:
+        result: Values that are computed from those of gradient, of any dtype.
+    """
+    largest = torch.finfo(gradient.dtype).max
+    clamped = result.clamp(-largest, largest)
+    return torch.where(gradient.isfinite(), clamped, result).to(gradient.dtype)
 
 
 def largest(score: Tensor, n: int) -> Tensor:

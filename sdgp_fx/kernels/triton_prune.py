@@ -236,7 +236,7 @@ def _mvue(values, magnitude_keep, size, uniform, N: tl.constexpr, M: tl.constexp
 
     sampling = finite & (rest > 0.0)
     density = tl.div_rn(room, tl.where(rest > 0.0, rest, 1.0))
-    step = tl.div_rn(rest, tl.maximum(room, 1.0))
+    step = tl.minimum(tl.div_rn(rest, tl.maximum(room, 1.0)), _max(values[0].dtype))
     prefix = tl.zeros_like(rest)
     before = -uniform >> 24
     result = ()
@@ -264,11 +264,28 @@ def _sizes(values, M: tl.constexpr):
 
 
 @triton.jit
+def _max(dtype: tl.constexpr):
+    """Return the largest finite number of a type."""
+    if dtype == tl.float16:
+        return 65504.0
+    else:
+        return 3.3895313892515355e38 if dtype == tl.bfloat16 else 3.4028234663852886e38
+
+
+@triton.jit
 def _scale(values, factors, M: tl.constexpr):
-    """Multiply values by factors in float32, rounded to the values' type."""
+    """Multiply values by factors in float32, rounded to the values' type.
+
+    What was finite stays finite, as with reference.saturated: where there is a NaN or an infinity,
+    the factor is 1.
+    """
+    largest: tl.constexpr = _max(values[0].dtype)
+    all_nan: tl.constexpr = tl.PropagateNan.ALL
     result = ()
     for i in tl.static_range(M):
-        scaled = values[i].to(tl.float32) * factors[i]
+        limit = tl.where(factors[i] > 1.0, largest, float("inf"))
+        scaled = tl.minimum(values[i].to(tl.float32) * factors[i], limit, propagate_nan=all_nan)
+        scaled = tl.maximum(scaled, -limit, propagate_nan=all_nan)
         result = result + (scaled.to(values[i].dtype),)
     return result
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Collection
 from functools import partial
 from typing import Any
 
@@ -23,6 +24,8 @@ PRODUCTS = (FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT)
 @dataclasses.dataclass(frozen=True)
 class Convolution:
     """Shapes and settings of a convolution, as torch.ops.aten.convolution has them.
+
+    A linear layer is a convolution of (rows, C_in) without positions.
 
     Attributes:
         needs_input_gradient: Whether training computes it; the first layer's input needs none.
@@ -71,16 +74,21 @@ class Convolution:
 
 
 def calls_of_convolutions(
-    network: nn.Module, *inputs: torch.Tensor
+    network: nn.Module, *inputs: torch.Tensor, targets: Collection[str] = ("conv",)
 ) -> list[tuple[str, Convolution]]:
     """Run a network, and return its convolutions with the names of their modules, in order.
 
     On the device "meta" that takes no time and no memory.
+
+    Args:
+        targets: "conv", "linear" or both, as in `SDGPConfig`: which layers are returned.
     """
     recorder = Recorder(network)
     with recorder:
         network(*inputs)
-    return recorder.calls
+    kinds = {"conv": True, "linear": False}
+    wanted = {kinds[target] for target in targets}
+    return [(name, layer) for name, layer in recorder.calls if bool(layer.stride) in wanted]
 
 
 def cold_operands(
@@ -142,10 +150,10 @@ def time_products(
 
 
 class Recorder(TorchDispatchMode):
-    """Record the convolutions that run, with the module of network that runs each.
+    """Record the layers that run, with the module of network that runs each.
 
     Attributes:
-        calls: The modules' names and the convolutions, in order.
+        calls: The modules' names and the layers, in order.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -179,6 +187,21 @@ class Recorder(TorchDispatchMode):
                 transposed=transposed,
                 output_padding=tuple(output_padding),
                 groups=groups,
+                needs_input_gradient=x.requires_grad,
+            )
+            self.calls.append((self._name, convolution))
+        elif func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            x, weight = args[-2:]
+            convolution = Convolution(
+                input=tuple(x.shape),
+                weight=tuple(weight.mT.shape),
+                output=tuple(result.shape),
+                stride=(),
+                padding=(),
+                dilation=(),
+                transposed=False,
+                output_padding=(),
+                groups=1,
                 needs_input_gradient=x.requires_grad,
             )
             self.calls.append((self._name, convolution))

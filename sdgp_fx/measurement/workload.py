@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -69,8 +70,13 @@ class Workload:
         labels = torch.randint(CLASSES, (self.batch,), device=self.device)
         return images.contiguous(memory_format=self.torch_memory_format), labels
 
-    def convolution_calls(self) -> list[tuple[str, Convolution]]:
+    def convolution_calls(
+        self, targets: Collection[str] = ("conv",)
+    ) -> list[tuple[str, Convolution]]:
         """Return the convolutions of a forward, each with the name of its module, in order.
+
+        Args:
+            targets: As for `calls_of_convolutions`.
 
         Raises:
             ValueError: The network takes no such images.
@@ -78,17 +84,20 @@ class Workload:
         size = self.size
         images = torch.empty(self.batch, 3, size, size, device="meta")
         try:
-            return calls_of_convolutions(self.build().to("meta"), images)
+            return calls_of_convolutions(self.build().to("meta"), images, targets=targets)
         except Exception as error:  # Networks refuse a size with whatever error they happen to meet
             reason = first_line(error)
             raise ValueError(
                 f"--size: {self.model} takes no {size}x{size} images: {reason}"
             ) from None
 
-    def count_convolutions(self) -> Counter[Convolution]:
+    def count_convolutions(self, targets: Collection[str] = ("conv",)) -> Counter[Convolution]:
         """Return the distinct convolutions, in order, with how often each occurs.
+
+        Args:
+            targets: As for `calls_of_convolutions`.
 
         Raises:
             ValueError: The network takes no such images.
         """
-        return Counter(convolution for _, convolution in self.convolution_calls())
+        return Counter(convolution for _, convolution in self.convolution_calls(targets))

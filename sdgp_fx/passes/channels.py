@@ -40,8 +40,7 @@ def prune_channels(
         index, factor = channels.select_channels(norms, config.n, config.m, config.prune, *draw)
         kept = channels.take_channels(grad_output, index, dim, is_last)
         if factor is not None:
-            factor = factor.view(-1, *[1] * (kept.dim() - 1 - dim))
-            kept = (kept * factor).to(grad_output.dtype)
+            kept = channels.scale_channels(kept, factor, dim)
         return kept, layer.take_outputs(weight, index)
 
     draw = () if random_numbers is None else (random_numbers,)

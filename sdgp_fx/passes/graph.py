@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import fx
 from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -28,8 +29,13 @@ def add_call(
 
 def compute(target: Any, args: tuple[Any, ...], source: fx.Node, **kwargs: Any) -> fx.Node:
     """Insert a call as `add_call` does, with the value that target computes from fake tensors."""
-    value = target(*fx.node.map_arg(args, lambda operand: operand.meta["val"]), **kwargs)
+    value = target(*value_of(args), **kwargs)
     return add_call(target, args, value, source, **kwargs)
+
+
+def value_of(argument: Any) -> Any:
+    """Return an argument of a call with the values of the nodes in it: fake tensors, and sizes."""
+    return fx.map_arg(argument, lambda node: node.meta["val"])
 
 
 def trace(function: Callable[..., Any], operands: tuple[fx.Node, ...], source: fx.Node) -> Any:
@@ -50,6 +56,15 @@ def trace(function: Callable[..., Any], operands: tuple[fx.Node, ...], source: f
         args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
         known[node] = add_call(node.target, args, node.meta["val"], source, **kwargs)
     return fx.map_arg(traced.output_node().args[0], known.__getitem__)
+
+
+def sizes_of(node: fx.Node, source: fx.Node) -> list[Any]:
+    """Return a tensor's sizes, ints or nodes inserted before source that compute symbolic ones."""
+    size = torch.ops.aten.sym_size.int
+    return [
+        length if isinstance(length, int) else compute(size, (node, dim), source)
+        for dim, length in enumerate(node.meta["val"].shape)
+    ]
 
 
 def is_channels_last(node: fx.Node) -> bool:

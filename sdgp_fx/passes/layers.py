@@ -5,9 +5,28 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, fx
+
+from .marks import find_pruned
+
+
+class Geometry(NamedTuple):
+    """What a layer computes, as a convolution: a linear layer is one without positions.
+
+    Attributes:
+        input: Input of the forward, (N, C_in, *spatial) or (rows, C_in).
+        stride, padding, dilation: An int for each spatial dimension.
+    """
+
+    input: fx.Node
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    transposed: bool
+    groups: int
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -25,10 +44,9 @@ class Layer(abc.ABC):
         weight: The weight as the product reads it: output channels are dimension 0, or
             dimension 1 if `transposed`.
         input: Input of the forward.
-        groups: Groups of channels that the layer convolves separately.
+        groups: Groups of channels that the layer convolves separately, an int or symbolic.
         has_input_grad: Whether the input gradient is computed and used.
         has_weight_grad: Whether the weight gradient is computed.
-        is_pruned: Whether an earlier run of the pass has pruned `grad_output`.
     """
 
     kind: ClassVar[str]
@@ -37,11 +55,10 @@ class Layer(abc.ABC):
     grad_output: fx.Node
     weight: fx.Node
     input: fx.Node
-    groups: int
+    groups: Any
     transposed: bool
     has_input_grad: bool
     has_weight_grad: bool
-    is_pruned: bool
 
     @property
     @abc.abstractmethod
@@ -77,6 +94,28 @@ class Layer(abc.ABC):
             weight: The value of `weight`.
             index: int64 (kept,), output channels, equally many of each group.
         """
+
+    @property
+    def pruned(self) -> fx.Node | None:
+        """What an earlier run of the pass has pruned, if `grad_output` is that; else None."""
+        return find_pruned(self.grad_output)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the forward."""
+        dtype: torch.dtype = self.grad_output.meta["val"].dtype
+        return dtype
+
+    @property
+    def input_grad(self) -> Tensor:
+        """The input gradient, as a fake tensor."""
+        value: Tensor = self.node.meta["val"]
+        return value
+
+    @property
+    def geometry(self) -> Geometry | None:
+        """The layer as a convolution; None where the input gradient is not of one."""
+        return None
 
     @property
     def channels(self) -> Any:

@@ -16,9 +16,9 @@ Where w is frozen and the rows of x are no view of it, they are batched products
     after      gx = bmm(p, transpose(expand(t(w))))
 
 The products of the backward have the sequence number of the forward's, and gx is the one with
-the weight. Where a transform of torch.func makes the gradient part of the forward they have not,
-but are known as its own. Attention multiplies matrices too: which product is a linear layer says
-the function that Dynamo traced it from.
+the weight. Those of a transform of torch.func have not, but are known as its own; nor have those of
+a torch.autograd.Function, which Dynamo has traced one by one. Attention multiplies matrices too:
+which product is a linear layer says the function that Dynamo traced it from.
 """
 
 from __future__ import annotations
@@ -31,21 +31,28 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
-from torch._functorch import eager_transforms
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..kernels.channels import take_channels
+from ..kernels.sparse.op import PRUNED_INPUT_GRAD
+from .backward import backward_nodes, is_taken_inside, source_of
 from .graph import compute
-from .layers import Layer
+from .layers import Geometry, Layer, plain_sizes
 from .marks import VIEWS, is_pruned
 
 aten = torch.ops.aten
 MM = aten.mm.default
+ADDMM = aten.addmm.default
 BMM = aten.bmm.default
+_PRODUCTS = (MM, ADDMM, BMM, aten.baddbmm.default)
 
 # Dynamo notes in a node's meta the function that it comes from, or the module of torch.nn that
-# calls it; for the gradients of torch.func.grad, the transforms' private one.
-_FUNCTIONS = (nn.functional.linear, torch._C._nn.linear)
+# calls it, but not for a subclass of that.
+_FUNCTIONS = (
+    nn.functional.linear,
+    torch._C._nn.linear,
+    nn.functional.multi_head_attention_forward,
+)
 _MODULES = (nn.Linear, nn.MultiheadAttention)
 
 
@@ -86,6 +93,12 @@ class LinearLayer(Layer):
     @property
     def can_scale_outputs(self) -> bool:
         return not self._is_batched
+
+    @property
+    def geometry(self) -> Geometry | None:
+        if self._is_batched or self.transposed:
+            return None
+        return Geometry(self.input, [], [], [], False, 1)
 
     def replace_operands(self, grad_output: fx.Node, weight: fx.Node) -> None:
         if self.transposed:
@@ -133,25 +146,34 @@ def find_linears(graph: fx.Graph) -> list[LinearLayer]:
     Args:
         graph: A joint graph of ATen operators with `meta["val"]`.
     """
-    products = defaultdict(list)
-    of_transforms = []
-    for target in (MM, BMM):
-        for node in graph.find_nodes(op="call_function", target=target):
-            products[node.meta.get("seq_nr")].append(node)
-            if _source(node) is eager_transforms._autograd_grad:
-                of_transforms.append(node)
+    backward = backward_nodes(graph)
+    forwards: list[fx.Node] = []
+    owners: dict[Any, fx.Node] = {}
+    gradients: dict[Any, list[fx.Node]] = defaultdict(list)
+    others: list[fx.Node] = []
+    for node in graph.nodes:
+        number = node.meta.get("seq_nr")
+        if node.target not in _PRODUCTS:
+            continue
+        if node in backward or is_taken_inside(node):
+            is_numbered = node in backward and source_of(node) is None
+            if node.target in (MM, BMM):
+                (gradients[number] if is_numbered else others).append(node)
+        else:
+            forwards.append(node)
+            # What runs under no_grad later on has the number that autograd gave last.
+            owners.setdefault(number, node)
     layers: dict[fx.Node, LinearLayer] = {}
-    for target in (MM, aten.addmm.default, BMM):
-        for forward in graph.find_nodes(op="call_function", target=target):
-            weight = cast(fx.Node, forward.args[-1])
-            if not _is_linear(forward) or _untransposed(weight)[0].meta["val"].dim() != 2:
-                continue
-            # Of the backward: layers before the first that has one may share a sequence number.
-            related = [n for n in products[forward.meta.get("seq_nr")] if not _is_linear(n)]
-            candidates = (*related, *of_transforms)
-            found = [_with_input_grad(node, forward, candidates) for node in candidates]
+    for forward in forwards:
+        number = forward.meta.get("seq_nr")
+        weight, _ = _untransposed(cast(fx.Node, forward.args[-1]))
+        if not _is_linear(forward) or weight.meta["val"].dim() != 2:
+            continue
+        own = gradients[number] if number is None or owners[number] is forward else []
+        for products in (own, others):
+            found = [_with_input_grad(node, forward, products) for node in products]
             if not any(found):
-                found = [_with_weight_grad(node, forward) for node in related]
+                found = [_with_weight_grad(node, forward) for node in products]
             layers |= {layer.node: layer for layer in found if layer is not None}
     return list(layers.values())
 
@@ -167,15 +189,9 @@ def _returned(grad_output: fx.Node) -> fx.Node:
 
 
 def _is_linear(forward: fx.Node) -> bool:
-    source = _source(forward)
+    source = source_of(forward)
     is_module = isinstance(source, type) and issubclass(source, _MODULES)
     return is_module or source in _FUNCTIONS
-
-
-def _source(forward: fx.Node) -> Any:
-    """Return the function that Dynamo traced a forward node from."""
-    stack = forward.meta.get("source_fn_stack")
-    return stack[-1][1] if stack else None
 
 
 def _with_input_grad(
@@ -188,17 +204,13 @@ def _with_input_grad(
         products: Nodes among which the weight gradient is, if there is one.
     """
     left, right = cast(tuple[fx.Node, fx.Node], node.args)
-    x, transposed_weight = cast(tuple[fx.Node, fx.Node], forward.args[-2:])
-    (base, odd), (base_left, odd_left), (base_right, odd_right) = map(
-        _untransposed, (transposed_weight, left, right)
-    )
-    # A weight that took factors is another node than the forward's.
-    if is_pruned(left) or (base_right is base and odd_right != odd):
+    x = cast(fx.Node, forward.args[-2])
+    if _is_weight(right, forward, is_pruned(left), as_factor=False):
         grad_output, weight = left, right
     elif (
         node.target is MM
         and _transposes(right)
-        and (is_pruned(right) or (base_left is base and odd_left == odd))
+        and _is_weight(left, forward, is_pruned(right), as_factor=True)
     ):
         grad_output, weight = cast(fx.Node, right.args[0]), left
     else:
@@ -212,8 +224,37 @@ def _with_input_grad(
         transposed=weight is left,
         has_input_grad=bool(node.users),
         has_weight_grad=any(_multiplies(product, grad_output, x) for product in products),
-        is_pruned=is_pruned(grad_output),
     )
+
+
+def _is_weight(operand: fx.Node, forward: fx.Node, is_pruned: bool, as_factor: bool) -> bool:
+    """Whether operand is what the input gradient of a layer reads of its weight.
+
+    Args:
+        forward: The layer's product.
+        is_pruned: Whether the gradient that operand is multiplied with is pruned.
+        as_factor: Whether the weight lies as in forward, (in_features, out_features).
+    """
+    x, factor = cast(tuple[fx.Node, fx.Node], forward.args[-2:])
+    base, odd = _untransposed(factor)
+    if is_pruned:  # It may be scaled, or fewer channels.
+        return base in _sources(operand)
+    found, is_odd = _untransposed(operand)
+    if found is not base or (is_odd == odd) != as_factor:
+        return False
+    if _untransposed(x)[0] is not base:
+        return True
+    # The weight gradient of linear(z, z) multiplies by z, too, but by x as forward read it.
+    return operand is factor if as_factor else _transposes(operand) and operand.args[0] is factor
+
+
+def _sources(node: fx.Node) -> set[fx.Node]:
+    """Return node, what it is computed from by its first argument, and so on."""
+    sources: set[fx.Node] = set()
+    while isinstance(node, fx.Node):
+        sources.add(node)
+        node = cast(fx.Node, next(iter(node.args), None))
+    return sources
 
 
 def _with_weight_grad(node: fx.Node, forward: fx.Node) -> LinearLayer | None:
@@ -223,10 +264,18 @@ def _with_weight_grad(node: fx.Node, forward: fx.Node) -> LinearLayer | None:
         forward: The layer's product, with the weight as (in_features, out_features).
     """
     x, weight = cast(tuple[fx.Node, fx.Node], forward.args[-2:])
-    others = [base for base, _ in map(_untransposed, cast(Any, node.args))]
-    if _untransposed(x)[0] not in others:
+    base = _untransposed(x)[0]
+    others = [operand for operand, _ in map(_untransposed, cast(Any, node.args[-2:]))]
+    sizes = (plain_sizes(matrix.meta["val"].shape[-2:]) for matrix in (node, weight))
+    if (
+        base not in others
+        or base is _untransposed(weight)[0]
+        or len(set(map(frozenset, sizes))) > 1
+    ):
         return None
-    others.remove(_untransposed(x)[0])
+    others.remove(base)
+    if any(user.target is PRUNED_INPUT_GRAD for user in others[0].users):
+        return None
     return LinearLayer(
         node=node,
         grad_output=others[0],
@@ -236,7 +285,6 @@ def _with_weight_grad(node: fx.Node, forward: fx.Node) -> LinearLayer | None:
         transposed=True,
         has_input_grad=False,
         has_weight_grad=True,
-        is_pruned=False,
     )
 
 
@@ -247,12 +295,15 @@ def _multiplies(node: fx.Node, *operands: fx.Node) -> bool:
 
 
 def _untransposed(matrix: fx.Node) -> tuple[fx.Node, bool]:
-    """Return what matrix is a view of, without a batch, and whether matrix is its transpose."""
+    """Return what matrix is a view of, without a batch, and whether matrix is its transpose.
+
+    The conjugate of a complex matrix, which its gradients read, counts as a view.
+    """
     odd = False
     while True:
         if _transposes(matrix):
             matrix, odd = cast(fx.Node, matrix.args[0]), not odd
-        elif _repeats_matrix(matrix):
+        elif _repeats_matrix(matrix) or matrix.target is aten._conj.default:
             matrix = cast(fx.Node, matrix.args[0])
         else:
             return matrix, odd

@@ -14,10 +14,13 @@ aten = torch.ops.aten
 # On the grad_output of a pruned layer, as its product reads it: the layer's Decision.
 DECISION = "sdgp_decision"
 
+# On a node that computes an input gradient and skips the zeros: the layer's Decision.
+COMPUTES = "sdgp_computes"
+
 # On a node that keeps the dense gradient of a layer, whose input gradient another node computes.
 DENSE_HALF = "sdgp_dense_half"
 
-# On a prune_nm node: the factors of its channels that the weight was multiplied by in its place.
+# On a node that prunes elements: the channels' factors that the weight was multiplied by instead.
 FACTOR_IN_WEIGHT = "sdgp_factor_in_weight"
 
 VIEWS = (aten.view.default, aten._unsafe_view.default)
@@ -39,3 +42,8 @@ def find_pruned(grad_output: fx.Node) -> fx.Node | None:
 def is_pruned(grad_output: fx.Node) -> bool:
     """Whether the pass has pruned this gradient."""
     return find_pruned(grad_output) is not None
+
+
+def is_rewritten(node: fx.Node) -> bool:
+    """Whether the pass has made this node, or what it reads, from a layer that is pruned."""
+    return COMPUTES in node.meta or is_pruned(node)

@@ -3,9 +3,10 @@
     p  = gO, pruned
     gx = the product with the weight that computed it from gO, of p
 
-The weight gradient keeps the dense gO (McDanel et al. 2022, section III). What the layers are in
-the graph is said in `convolutions` and `linears`; which of them are pruned, in `decisions`; what p
-and the weight are then, in `elements` and `channels`.
+The weight gradient keeps the dense gO (McDanel et al. 2022, section III). Where in a graph the
+backward is, is said in `backward`; what the layers are in it, in `convolutions` and `linears`;
+which of them are pruned, in `decisions`; what p and the weight are then, in `elements` and
+`channels`; what multiplies them, in `products`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import torch
 from torch import fx
 
 from ..config import SDGPConfig
+from ..kernels.sparse.op import PRUNED_INPUT_GRAD
+from .backward import Part, find_parts
 from .channels import count_random_numbers as count_for_channels
 from .channels import prune_channels
 from .convolutions import find_convolutions
@@ -28,8 +31,8 @@ from .elements import prune_elements
 from .graph import add_call, compute
 from .layers import Layer
 from .linears import find_linears
-from .marks import DECISION
-from .module_names import module_of
+from .marks import COMPUTES, DECISION
+from .module_names import ModuleNames
 
 
 class Structure(NamedTuple):
@@ -52,29 +55,46 @@ FINDERS: dict[str, Callable[[fx.Graph], Sequence[Layer]]] = {
 def prune_input_grads(
     graph: fx.Graph,
     config: SDGPConfig,
-    roots: Collection[str] = (),
+    names: ModuleNames = ModuleNames(),  # noqa: B008 (It is frozen.)
     dense_half_first: Collection[str] = (),
 ) -> list[Decision]:
-    """Rewrite a joint graph in place.
+    """Rewrite a joint graph in place, with the branches and loops in it.
 
     Args:
         graph: ATen operators with `meta["val"]`, as AOTAutograd makes it. One that has been
             rewritten before is left as it is, with the same decisions.
-        roots: `module_roots` of Dynamo's graph, from which the layers' names start.
+        names: `module_names` of Dynamo's graph.
         dense_half_first: Device types on which a convolution's weight gradient comes ahead of the
             prune in the graph.
 
     Returns:
-        A decision for each layer, in the graph's order.
+        A decision for each layer, in the graph's order; those of branches come last.
     """
-    structure = STRUCTURES[config.structure]
-    decisions = [
-        decide(layer, module_of(layer.node, roots), config) for layer in find_layers(graph, config)
-    ]
+    decisions = []
+    for part in find_parts(graph):
+        decided, is_changed = _rewrite(part, config, names, dense_half_first)
+        decisions += decided
+        if is_changed and part.graph is not graph and part.graph.owning_module is not None:
+            part.graph.owning_module.recompile()
+    return decisions
+
+
+def _rewrite(
+    part: Part, config: SDGPConfig, names: ModuleNames, dense_half_first: Collection[str]
+) -> tuple[list[Decision], bool]:
+    """Rewrite one graph; return the decisions, and whether it has changed."""
+    structure, graph = STRUCTURES[config.structure], part.graph
+    decided = {
+        layer.node: decide(layer, names.of(layer), config, layer.node in part.backward)
+        for layer in find_layers(graph, config)
+    }
+    for product in graph.find_nodes(op="call_function", target=PRUNED_INPUT_GRAD):
+        decided[product] = product.meta[COMPUTES]
+    decisions = [decided[node] for node in graph.nodes if node in decided]
     to_prune = [
         (decision.layer, decision)
         for decision in decisions
-        if decision.layer is not None and decision.pruned and not decision.layer.is_pruned
+        if decision.layer is not None and decision.pruned and decision.layer.pruned is None
     ]
     counts = {
         layer: count
@@ -92,7 +112,7 @@ def prune_input_grads(
     if to_prune:
         graph.eliminate_dead_code()
         graph.lint()
-    return decisions
+    return decisions, bool(to_prune)
 
 
 def find_layers(graph: fx.Graph, config: SDGPConfig) -> list[Layer]:

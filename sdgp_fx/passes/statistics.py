@@ -10,7 +10,6 @@ operators: Inductor computes all of a layer's in one loop over g and p.
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import Any, cast
 from urllib.parse import quote, unquote
 
@@ -21,16 +20,16 @@ from torch.utils.checkpoint import CheckpointPolicy
 from ..kernels.op import PRUNE_NM
 from ..kernels.record import RECORD, STEP
 from ..kernels.reference import accumulation_dtype
+from ..kernels.sparse.op import PRUNED_INPUT_GRAD
 from .graph import add_call, compute
-from .marks import FACTOR_IN_WEIGHT
-from .module_names import module_of
+from .marks import COMPUTES, DECISION, FACTOR_IN_WEIGHT
 
 aten = torch.ops.aten
 
 SUMS = ("norm", "kept_norm", "square", "squared_error", "product")
 
 
-def record_statistics(graph: fx.Graph, key: str, roots: Collection[str] = ()) -> None:
+def record_statistics(graph: fx.Graph, key: str) -> None:
     """Add SUMS of every pruned gradient to a graph that went through `prune_input_grads`.
 
     A graph that nothing is pruned in, and one that records already, are left as they are.
@@ -38,16 +37,23 @@ def record_statistics(graph: fx.Graph, key: str, roots: Collection[str] = ()) ->
     Args:
         key: Key of the receiver in `kernels.record`. It gets the layers' names, to be read by
             `layers_recorded`, and their sums one layer after the other.
-        roots: As for `prune_input_grads`.
     """
-    pruned = graph.find_nodes(op="call_function", target=PRUNE_NM)
-    if not pruned or graph.find_nodes(op="call_function", target=RECORD):
+    if graph.find_nodes(op="call_function", target=RECORD):
         return
-    sums = [total for node in pruned for total in _sums(node)]
+    # What is pruned, and what reads it, in the order in which they are computed.
+    pruned = []
+    for node in list(graph.nodes):
+        if node.target is PRUNE_NM:
+            pruned.append((node, next(iter(node.users))))
+        elif node.target is PRUNED_INPUT_GRAD:
+            pruned.append((_prune_again(node), node))
+    if not pruned:
+        return
+    sums = [total for node, reader in pruned for total in _sums(node, reader)]
     # Quotation marks would end the string in the code that Inductor's cpp_wrapper writes.
-    layers = ",".join(quote(module_of(node, roots), safe=".") for node in pruned)
-    step = _step(graph, key, pruned[-1].meta["val"])
-    add_call(RECORD, (sums, step, key, layers), None, _reader(pruned[-1]))
+    layers = ",".join(quote(_layer_name(node), safe=".") for node, _ in pruned)
+    step = _step(graph, key, pruned[-1][0].meta["val"])
+    add_call(RECORD, (sums, step, key, layers), None, pruned[-1][1])
     graph.lint()
 
 
@@ -72,9 +78,26 @@ def _step(graph: fx.Graph, key: str, like: Tensor) -> fx.Node:
     return step
 
 
-def _sums(pruned: fx.Node) -> list[fx.Node]:
-    """Compute SUMS, in float32 or float64, ahead of what reads the pruned gradient."""
-    source = _reader(pruned)
+def _layer_name(pruned: fx.Node) -> str:
+    while DECISION not in pruned.meta:  # On what the product reads, which may be a view.
+        pruned = next(iter(pruned.users))
+    name: str = pruned.meta[DECISION].module
+    return name
+
+
+def _prune_again(product: fx.Node) -> fx.Node:
+    """Compute what a product that skips zeros multiplies: it has the same values, bit for bit."""
+    grad_output, _, *settings = product.args[:7]
+    arguments = (grad_output, *settings, product.args[-1])
+    pruned = compute(PRUNE_NM, arguments, product)
+    pruned.meta[DECISION] = product.meta[COMPUTES]
+    if FACTOR_IN_WEIGHT in product.meta:
+        pruned.meta[FACTOR_IN_WEIGHT] = product.meta[FACTOR_IN_WEIGHT]
+    return pruned
+
+
+def _sums(pruned: fx.Node, source: fx.Node) -> list[fx.Node]:
+    """Compute SUMS, in float32 or float64, ahead of source, which reads the pruned gradient."""
     dense = cast(fx.Node, pruned.args[0])
 
     def call(target: Any, *args: Any) -> fx.Node:
@@ -98,8 +121,3 @@ def _converted(node: fx.Node, source: fx.Node) -> fx.Node:
     if dtype == wanted:
         return node
     return compute(torch.ops.prims.convert_element_type.default, (node, wanted), source)
-
-
-def _reader(pruned: fx.Node) -> fx.Node:
-    """Return the first node that reads the pruned gradient."""
-    return next(iter(pruned.users))

@@ -12,6 +12,7 @@ import torch._inductor.config
 from sdgp_fx import backend, graph_pass
 from sdgp_fx.cli import doctor
 from sdgp_fx.cli.main import main
+from sdgp_fx.kernels.sparse import cpu
 
 
 @pytest.fixture(autouse=True)
@@ -37,6 +38,7 @@ def test_everything_is_there(capsys, monkeypatch):
     assert found["torch"][1] == torch.__version__
     assert found["entry point"][1].startswith("sdgp_fx.backend:sdgp")
     assert set(found["environment"][1].split(", ")) == {"SDGP_N=1", "SDGP_INNER=aot_eager"}
+    assert found["sparse product"][1].startswith("skips the zeros on the CPU; compiled or found in")
     assert "SDGP_INNER" in found["will be used"][1]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     assert f"training step with aot_eager on {device}" in found
@@ -72,6 +74,13 @@ def test_a_compiler_that_is_not_there(capsys, monkeypatch, tmp_path):
     if not torch.cuda.is_available():
         monkeypatch.setenv("SDGP_INNER", "inductor")
         assert list(missing(capsys)) == ["C++ compiler"]
+
+
+def test_without_a_sparse_product(monkeypatch):
+    monkeypatch.setattr(cpu, "why_not_compiled", lambda: "no C++ compiler")
+    finding = doctor.find_sparse_product()
+    assert finding.found == "no C++ compiler: pruned gradients are multiplied as dense ones"
+    assert not finding.remedy
 
 
 def test_headers_that_are_not_there(monkeypatch, tmp_path):

@@ -19,8 +19,14 @@ def groups(tensor, m):
 
 def ungrouped(rows, like):
     """Return the tensor of like's shape and dtype that has these groups."""
-    values = torch.tensor(rows, dtype=torch.float64)
-    return values.to(like.dtype).view(like.movedim(1, -1).shape).movedim(-1, 1)
+    values = torch.tensor(rows, dtype=torch.float64).view(like.movedim(1, -1).shape)
+    return stored(values.movedim(-1, 1), like)
+
+
+def stored(values, like):
+    """Return float64 values in like's dtype; those of finite ones in like are finite in it."""
+    largest = torch.finfo(like.dtype).max
+    return torch.where(like.isfinite(), values.clamp(-largest, largest), values).to(like.dtype)
 
 
 def rounding(dtype):

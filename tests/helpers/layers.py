@@ -42,9 +42,9 @@ def convolution_on(device, dtype, grad_output, inputs):
     graph = fx.Graph()
     batch, outputs, *positions = grad_output
     shapes = {
-        "grad_output": grad_output,
-        "x": (batch, inputs, *positions),
-        "weight": (outputs, inputs, 1, 1),
+        "tangents_1": grad_output,
+        "primals_1": (batch, inputs, *positions),
+        "primals_2": (outputs, inputs, 1, 1),
     }
     with FakeTensorMode():
         tensors = {k: torch.empty(s, device=device).to(dtype) for k, s in shapes.items()}
@@ -53,7 +53,7 @@ def convolution_on(device, dtype, grad_output, inputs):
         node.meta["val"] = tensor
     rest = ([0], [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [True, True, False])
     backward = graph.call_function(CONVOLUTION_BACKWARD, (*nodes, *rest))
-    backward.meta["val"] = (tensors["x"], tensors["weight"], None)
+    backward.meta["val"] = (tensors["primals_1"], tensors["primals_2"], None)
     outputs = [graph.call_function(operator.getitem, (backward, i)) for i in (0, 1)]
     graph.output(tuple(outputs))
     return graph, outputs

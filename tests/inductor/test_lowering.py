@@ -3,6 +3,7 @@
 The generated Triton code is run in Triton's interpreter, on CPU tensors.
 """
 
+import functools
 import itertools
 import re
 
@@ -30,10 +31,11 @@ interpreted = pytest.mark.skipif(HAS_GPU, reason="Triton compiles for the GPU he
 
 
 def gradient(dtype, memory_format=torch.channels_last, channels=64):
-    """With ties, zeros, groups of zeros, NaN and infinities."""
+    """With ties, zeros, groups of zeros, NaN, infinities, and values too large to be scaled."""
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(2, channels, 3, 5, generator=generator).round(decimals=1).to(dtype)
     x[0, :3, 0, 0] = torch.tensor([float("nan"), float("inf"), -float("inf")])
+    x[0, -4:, 1, 0] = torch.tensor([0.1, -0.6, 0.5, 0.4]) * torch.finfo(dtype).max
     x[1, :, 1, 1] = 0
     return x.to(memory_format=memory_format)
 
@@ -133,6 +135,32 @@ def test_cpp_of_other_patterns():
     x = gradient(torch.float32)
     for result, (n, m) in zip(torch.compile(prune_all)(x), patterns, strict=True):
         assert_same(result, reference_prune(x, n, m, "rescaled_magnitude"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cpp_selection_of_neighbouring_and_equal_values(dtype):
+    """All groups of four, and some of eight, of a few values that are hard to tell apart."""
+    info = torch.finfo(dtype)
+    values = [0.0, -0.0, info.tiny * info.eps, 1.0, -1 - info.eps, float("inf"), float("nan")]
+    values = torch.tensor(values, dtype=dtype)
+    fours = torch.cartesian_prod(*[values] * 4)
+    eights = torch.cat([fours, fours[torch.randperm(len(fours))]], 1)
+    fours, eights = fours.unsqueeze(-1), eights.unsqueeze(-1)
+
+    def prune_all(prune, fours, eights):
+        pruned = [prune(fours, n, 4, "magnitude") for n in (1, 2, 3)]
+        return pruned + [prune(eights, n, 8, "magnitude") for n in (3, 4, 6)]
+
+    results = torch.compile(functools.partial(prune_all, prune_op))(fours, eights)
+    for result, expected in zip(results, prune_all(reference_prune, fours, eights), strict=True):
+        assert_same(result, expected)
+
+
+def test_operations_grow_little_faster_than_the_group():
+    """Compiling takes time for each."""
+    counts = [count_operations(m // 2, m, "rescaled_magnitude", torch.float32) for m in (4, 8, 32)]
+    assert counts[1] < 2.5 * counts[0]
+    assert counts[2] < 5.5 * counts[1]
 
 
 def test_cpp_with_a_symbolic_batch():

@@ -19,6 +19,7 @@ from torch._inductor.utils import fresh_cache
 import sdgp_fx
 from sdgp_fx import SDGPConfig, graph_pass
 from sdgp_fx.kernels.op import PRUNE_NM
+from sdgp_fx.kernels.sparse.op import PRUNED_INPUT_GRAD
 from sdgp_fx.passes.convolutions import CONVOLUTION_BACKWARD
 
 from ..helpers.graphs import random_inputs, run
@@ -235,3 +236,19 @@ compiled(torch.randn(2, 3, 9, 9)).sum().backward()
     assert "sdgp.prune_nm" in texts["sdgp_joint_graph_after"]
     assert "sdgp.prune_nm" not in texts["sdgp_joint_graph_before"]
     assert [d["pruned"] for d in json.loads(texts["sdgp_decisions"])] == [True, False]
+
+
+def test_products_are_a_step_of_their_own():
+    """What is pruned is shown as it is defined, and then as it is computed."""
+    with sdgp_fx.capture() as captured:
+        step(model(), {**EAGER, "sdgp.product": "sparse"})
+    (graph,) = captured
+    steps = (graph.before, graph.pruned, graph.after)
+    assert [count(gm, PRUNE_NM) for gm in steps] == [0, 1, 0]
+    assert [count(gm, PRUNED_INPUT_GRAD) for gm in steps] == [0, 0, 1]
+    pruning, products = graph.diff(end="pruned"), graph.diff(start="pruned")
+    assert "sdgp.prune_nm" in pruning
+    assert "sdgp.pruned_input_grad" not in pruning
+    assert "sdgp.pruned_input_grad" in products
+    assert f"{pruning}\n{products}" in str(captured)
+    assert "sdgp.prune_nm" not in graph.diff()

@@ -68,16 +68,16 @@ def assert_prunes(result, x, seed, n, m, prune, rescale):
             assert_equal_bits(result, expected)
         else:
             expected = by_hand.rescaled_scope(x, expected, rescale, rounded)
-            assert_near(result, expected)
+            assert_near(result, expected, x)
 
 
-def assert_near(result, expected):
-    """Assert that result is near expected, which is in float64."""
+def assert_near(result, expected, x):
+    """Assert that result, x pruned, is near expected, which is in float64."""
     info = torch.finfo(result.dtype)
     smallest = info.tiny * info.eps  # the unit of subnormal numbers
     torch.testing.assert_close(
         result,
-        expected.to(result.dtype),
+        by_hand.stored(expected, x),
         rtol=TOLERANCE[result.dtype],
         atol=smallest,
         equal_nan=True,
@@ -95,7 +95,8 @@ def assert_mvue(pruned, row, n, uniform, rounded):
     assert (pruned != 0).sum() <= n
     expected, margin = by_hand.mvue(row, n, uniform / 2**24)
     if margin > MARGIN:
-        assert_near(pruned, torch.tensor(expected, dtype=torch.float64))
+        expected = torch.tensor(expected, dtype=torch.float64)
+        assert_near(pruned, expected, torch.tensor(row, dtype=pruned.dtype))
 
 
 @examples(4)

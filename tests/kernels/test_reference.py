@@ -82,6 +82,32 @@ def test_nan_and_infinity_are_kept(prune, scope, bad):
     assert pruned.isfinite().sum() == pruned.numel() - 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("prune", ["random", "magnitude", "rescaled_magnitude", "mvue"])
+@pytest.mark.parametrize("scope", ["group", "feature_map", "channel"])
+def test_what_is_finite_stays_finite(prune, scope, dtype):
+    """Values are too large for float16 once scaled, and their sums for the other dtypes."""
+    largest = torch.finfo(dtype).max
+    x = torch.tensor([[0.6, -0.6, 0.5, 0.5], [0.5, 0.5, 0.6, -0.6]], dtype=torch.float64)
+    x = (x.T * largest).to(dtype).unsqueeze(0)
+    pruned = reference.prune_nm(x, SEED, 2, 4, prune, scope)
+    assert pruned.isfinite().all()
+    assert ((pruned != 0).sum(1) == 2).all()
+    scaled = dtype == torch.float16 and prune in ("rescaled_magnitude", "mvue")
+    assert ((pruned.abs() == largest).sum() == 4) == scaled
+    assert (pruned * x >= 0).all()
+
+
+def test_a_float32_that_rounding_takes_beyond_the_largest_stays_finite():
+    """The group's sum is the largest number, and its quotient by the kept value is rounded up."""
+    largest = torch.finfo(torch.float32).max
+    first = torch.tensor(0.875 * largest)
+    x = torch.stack([first, largest - first])
+    assert not (first * (x.sum() / first)).isfinite()
+    pruned = reference.prune_nm(x.view(1, 2, 1), None, 1, 2, "rescaled_magnitude", "group")
+    assert pruned.flatten().tolist() == [largest, 0.0]
+
+
 def test_an_unknown_function_is_refused():
     with pytest.raises(ValueError, match="the reference has no pruning function 'best'"):
         reference.prune_nm(torch.randn(2, 8, 3), SEED, 2, 4, "best", "group")

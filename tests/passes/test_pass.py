@@ -11,7 +11,6 @@ from sdgp_fx.kernels import reference
 from sdgp_fx.kernels.op import CHANNEL_FACTOR, PRUNE_NM
 from sdgp_fx.passes import decisions as why
 from sdgp_fx.passes.convolutions import CONVOLUTION_BACKWARD
-from sdgp_fx.passes.module_names import module_name, module_roots
 from sdgp_fx.passes.prune_input_grads import prune_input_grads
 
 from ..helpers.graphs import (
@@ -432,57 +431,3 @@ def test_module_called_twice_is_two_layers():
     assert [d.pruned for d in decisions] == [True, True, False]
     assert len(gm.graph.find_nodes(op="call_function", target=PRUNE_NM)) == 2
     assert prune_input_grads(gm.graph, SDGPConfig()) == decisions
-
-
-@pytest.mark.parametrize(
-    "path",
-    [
-        "layer1.0.conv1",
-        "L['self'].layer1.0.conv1",
-        "getattr(L['self'].layer1, '0').conv1",
-        "getattr(getattr(L['fn'], 'layer1'), '0').conv1",
-        "L['model']._modules['layer1']._modules['0'].conv1",
-        "L['model'].layer1[0].conv1",
-        "L['self'].layer1._orig_mod.0._orig_mod.conv1",
-        "L['self'].layer1.0.forward.__self__.conv1",
-    ],
-)
-def test_module_name_from_a_path(path):
-    assert module_name(path) == "layer1.0.conv1"
-
-
-@pytest.mark.parametrize(
-    ("path", "roots", "name"),
-    [
-        ("L['args'][0].layer1.0", ["L['args'][0]"], "layer1.0"),
-        ("getattr(L['self'].model.layer1, '0')", ["L['self'].model"], "layer1.0"),
-        ("L['self'].models['a'].layer1", ["L['self'].models['b']"], "models.a.layer1"),
-        ("L['self'].model2.layer1", ["L['self'].model"], "model2.layer1"),
-        ("L['self'].hidden.layer1", ["L['self'].hidden", "L['self']"], "hidden.layer1"),
-        ("L['self'].model", ["L['self'].model"], ""),
-    ],
-)
-def test_module_name_starts_at_the_outermost_root(path, roots, name):
-    assert module_name(path, roots) == name
-
-
-def test_module_roots_hold_parameters_and_are_not_held_by_modules():
-    found = []
-
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Sequential(nn.Conv2d(8, 8, 1)))
-    weight = torch.randn(4, 8, 1, 1, requires_grad=True)
-
-    def run(held, x):
-        return nn.functional.conv2d(held["model"](x), held["weight"])
-
-    def backend(gm, inputs):
-        found.append(module_roots(gm))
-        return gm.forward
-
-    held = {"model": model, "weight": weight}
-    torch.compile(run, backend=backend)(held, torch.randn(1, 3, 5, 5))
-    assert found == [{"L['held']['model']"}]
-
-
-def test_the_compiled_module_itself_has_no_name():
-    assert module_name("L['self']") == ""

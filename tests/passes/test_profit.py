@@ -67,8 +67,45 @@ def test_layers_for_which_it_is_profitable(name):
         config = SDGPConfig(structure=structure, targets=targets)
         assert reason(copy_graph(gm).graph, config) == ""
     assert reason(copy_graph(gm).graph, profitable(targets=targets)) == expected
-    of_elements = profitable("element", targets=targets)
-    assert reason(copy_graph(gm).graph, of_elements) == why.NOT_PROFITABLE["element"]
+
+
+# Elements
+
+
+def product(layer, shape, **settings):
+    """Return the decision on a layer whose elements are pruned."""
+    gm = joint_graph(layer, torch.ones(shape, requires_grad=True))
+    (decision,) = prune_input_grads(gm.graph, SDGPConfig(targets="conv,linear", **settings))
+    return decision
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "is_faster"),
+    [
+        (nn.Conv2d(256, 64, 3, padding=1), (8, 256, 16, 16), True),
+        (nn.Conv2d(16, 64, 1), (8, 16, 32, 32), False),  # Few multiply-adds a value.
+        (nn.Conv2d(256, 8, 1), (1, 256, 4, 4), False),  # A call costs.
+        (nn.Linear(2048, 512), (512, 2048), True),
+    ],
+)
+def test_elements_are_profitable_where_skipping_zeros_is_faster(layer, shape, is_faster):
+    decision = product(layer, shape)
+    assert decision.pruned
+    assert decision.product == ("sparse" if is_faster else "dense")
+    assert decision.product_reason == ("" if is_faster else why.NOT_FASTER)
+    assert product(layer, shape, product="sparse").product == "sparse"
+    decision = product(layer, shape, layers="profitable")
+    assert decision.reason == ("" if is_faster else why.NOT_PROFITABLE["element"])
+    # What is asked for does not make it faster.
+    decision = product(layer, shape, layers="profitable", product="sparse")
+    assert decision.pruned == is_faster
+    assert not product(layer, shape, layers="profitable", product="dense").pruned
+
+
+def test_nothing_is_saved_where_most_is_kept():
+    layer = nn.Conv2d(256, 64, 3, padding=1), (8, 256, 16, 16)
+    assert product(*layer, n=1).product == "sparse"
+    assert product(*layer, n=3).product == "dense"
 
 
 def test_a_call_costs():

@@ -1,0 +1,219 @@
+"""`python -m benchmarks.products`: time the product that skips zeros beside the dense one."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sdgp_fx import SDGPConfig, explain
+from sdgp_fx.arguments import pattern, positive
+from sdgp_fx.config import PRUNING_FUNCTIONS, TARGETS
+from sdgp_fx.kernels.op import STOCHASTIC
+from sdgp_fx.kernels.sparse.op import why_not_sparse
+from sdgp_fx.measurement import timing
+from sdgp_fx.measurement.convolutions import Convolution, cold_operands
+from sdgp_fx.measurement.workload import Workload
+
+from .harness import command
+from .harness.benchmark import Benchmark, Task
+from .harness.report import Row
+
+PATTERNS = ((2, 4), (1, 4), (2, 8), (2, 16), (4, 32))
+
+
+def plan(
+    workloads: Sequence[Workload],
+    targets: str,
+    patterns: Sequence[tuple[int, int]],
+    prune: str,
+    threads: int | None,
+    seconds: float,
+) -> list[Task]:
+    """Plan a task for each distinct layer of each network that any of patterns prunes."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    config = SDGPConfig(prune=prune, targets=targets)
+    tasks = []
+    for workload in workloads:
+        reason = why_not_sparse(workload.torch_dtype, workload.device)
+        if reason:
+            raise ValueError(f"--device, --dtype: expected what has a sparse product: {reason}")
+        for layer, count in workload.count_convolutions(tuple(config.targets)).items():
+            fitting = [(n, m) for n, m in patterns if n < m and layer.is_prunable(m)]
+            if fitting:
+                run = partial(measure, workload, layer, count, fitting, prune, seconds)
+                tasks.append(Task(f"{workload.model} {layer}", run))
+    return tasks
+
+
+def measure(
+    workload: Workload,
+    layer: Convolution,
+    count: int,
+    patterns: Sequence[tuple[int, int]],
+    prune: str,
+    seconds: float,
+) -> list[Row]:
+    """Time the input gradient of a network's layer: by the library, and with its zeros skipped.
+
+    Prune and packing are part of the product that skips zeros; the dense one is not pruned, as by
+    stock.
+
+    Args:
+        count: How often the network has it.
+
+    Returns:
+        A row for each pattern.
+    """
+    form = workload.torch_memory_format if len(layer.output) == 4 else torch.contiguous_format
+    operands = cold_operands(layer, workload.torch_dtype, form, workload.device)
+    seed = torch.tensor([1], device=workload.device) if prune in STOCHASTIC else None
+    functions: dict[Any, Any] = {"dense": [partial(dense, layer, *each) for each in operands]}
+    for n, m in patterns:
+        functions[n, m] = [
+            partial(
+                torch.ops.sdgp.pruned_input_grad,
+                *(grad_output, weight, seed, n, m, prune, "group", layer.input),
+                *(layer.stride, layer.padding, layer.dilation, layer.transposed, layer.groups),
+            )
+            for grad_output, _, weight in operands
+        ]
+    timed = {name: timing.back_to_back(calls, workload.device) for name, calls in functions.items()}
+    times = timing.sample(timed, workload.device, seconds)
+    rows = []
+    for n, m in patterns:
+        # Of one round: what slows the machine down meets both alike.
+        pairs = zip(times[n, m], times["dense"], strict=True)
+        ratio = timing.summarize([sparse / dense for sparse, dense in pairs])
+        sparse, library = (
+            timing.summarize([time / len(operands) for time in times[name]])
+            for name in ((n, m), "dense")
+        )
+        row: Row = {
+            "layer": str(layer),
+            "count": count,
+            **workload.facts("batch", "size"),
+            "threads": torch.get_num_threads(),
+            "n": n,
+            "m": m,
+            "prune": prune,
+            "chosen": is_chosen(layer, n, m, prune, workload.torch_dtype),
+            "dense_us": library.median * 1e6,
+            "sparse_us": sparse.median * 1e6,
+            "ratio": ratio.median,
+            "dense_gflops": layer.flops / library.median / 1e9,
+            "times": {"dense": dataclasses.asdict(library), "sparse": dataclasses.asdict(sparse)},
+            "ratio_quartiles": [ratio.low, ratio.high],
+        }
+        rows.append(row)
+    return rows
+
+
+def dense(layer: Convolution, grad_output: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """Compute the input gradient by the library."""
+    if not layer.stride:
+        return grad_output @ weight
+    gradient: Tensor = torch.ops.aten.convolution_backward(
+        grad_output, x, weight, None, *layer.settings, [True, False, False]
+    )[0]
+    return gradient
+
+
+class Alone(nn.Module):
+    """A layer as a model of its own."""
+
+    def __init__(self, layer: Convolution) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(layer.weight))
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute the layer's output."""
+        if not self.layer.stride:
+            return nn.functional.linear(x, self.weight)
+        return torch.ops.aten.convolution(x, self.weight, None, *self.layer.settings)
+
+
+def is_chosen(layer: Convolution, n: int, m: int, prune: str, dtype: torch.dtype) -> bool:
+    """Whether sdgp.product = "auto" takes the product that skips zeros."""
+    with torch.device("meta"):
+        alone = Alone(layer).to(dtype)
+    x = torch.empty(layer.input, dtype=dtype, device="cpu", requires_grad=True)
+    options = {"sdgp.n": n, "sdgp.m": m, "sdgp.prune": prune, "sdgp.targets": "conv,linear"}
+    (report,) = explain(alone.to_empty(device="cpu"), x, options=options)
+    return report.product == "sparse"
+
+
+def headline(rows: Sequence[Row]) -> list[str]:
+    """Sum up, for each model and pattern, the input gradients of all layers that can be pruned."""
+    lines = []
+    for model, n, m in dict.fromkeys((row["model"], row["n"], row["m"]) for row in rows):
+        here = [row for row in rows if (row["model"], row["n"], row["m"]) == (model, n, m)]
+
+        def total(key: str, here: list[Row] = here) -> float:
+            return sum(row["count"] * row[key] for row in here) / 1e3
+
+        for row in here:
+            row["auto_us"] = row["sparse_us" if row["chosen"] else "dense_us"]
+            row["best_us"] = min(row["sparse_us"], row["dense_us"])
+        stock = total("dense_us")
+        shares = {"all": "sparse_us", "as the rule chooses": "auto_us", "at best": "best_us"}
+        text = ", ".join(f"{name} {total(key) / stock:.3f}" for name, key in shares.items())
+        slower = max((row["ratio"] for row in here if row["chosen"]), default=0)
+        lines.append(
+            f"input gradients of {model} {n}:{m}: dense {stock:.2f} ms; zeros skipped: {text} of "
+            f"it; slowest that the rule chooses {slower:.3f}"
+        )
+    return lines
+
+
+BENCHMARK = Benchmark(
+    name="products",
+    plan=plan,
+    columns={
+        "input * weight / stride": ("layer", ""),
+        "count": ("count", ""),
+        "n": ("n", "d"),
+        "m": ("m", "d"),
+        "dense us": ("dense_us", ".1f"),
+        "sparse us": ("sparse_us", ".1f"),
+        "ratio": ("ratio", ".3f"),
+        "dense GFLOP/s": ("dense_gflops", ".1f"),
+        "chosen": ("chosen", ""),
+    },
+    headline=headline,
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command in argv, sys.argv by default; return the exit code."""
+    parser = command.Parser(
+        "products",
+        description="Time the input gradient of every distinct layer of networks: dense by the "
+        "library, and by the product that prunes and skips the zeros, in turn; and tell whether "
+        "product=auto takes it. The gradients are noise.",
+        example="--model resnet18 --batch 16 --size 128 --out products.json",
+    )
+    parser.add_models(("resnet18",))
+    parser.add_dtype(("float32", "bfloat16"), "float32")
+    parser.add_memory_format()
+    parser.add_argument("--targets", default="conv", help=f"{' or '.join(TARGETS)} (%(default)s)")
+    kept = "values kept of every m channels"
+    parser.add_list("--pattern", "patterns", PATTERNS, kept, metavar="N:M", type=pattern)
+    parser.add_argument(
+        "--prune", choices=PRUNING_FUNCTIONS, default="rescaled_magnitude", help="(%(default)s)"
+    )
+    parser.add_argument("--threads", type=positive(int), help="of PyTorch (as PyTorch has it)")
+    parser.add_seconds(2)
+    parser.add_out()
+    return command.run(BENCHMARK, parser, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

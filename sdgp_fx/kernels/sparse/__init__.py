@@ -1,0 +1,1 @@
+"""Products that use the zeros of a pruned gradient."""

@@ -1,0 +1,130 @@
+"""The sparse product of the CPU, in C++ that is compiled when it is first needed.
+
+It is compiled by what Inductor compiles its own C++ with: for this machine's vectors, with torch's
+OpenMP, once for all processes, and kept where Inductor keeps its code.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from ...config import PRUNING_FUNCTIONS, RESCALE_SCOPES
+
+log = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_name("pruned_input_grad.cpp")
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+_Space = ctypes.c_int64 * 3
+
+
+class _Problem(ctypes.Structure):
+    """The struct of the same name in C++, field by field."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("grad_output", "weight", "result")),
+        *((name, ctypes.c_int64) for name in ("is_bfloat16", "threads", "seed", "n", "m")),
+        *((name, ctypes.c_int64) for name in ("function", "scope", "samples", "groups")),
+        *((name, ctypes.c_int64) for name in ("out_channels", "in_channels")),
+        *((name, _Space) for name in ("output_size", "input_size", "kernel", "stride")),
+        *((name, _Space) for name in ("padding", "dilation")),
+        ("transposed", ctypes.c_int64),
+        ("grad_strides", ctypes.c_int64 * 5),
+        ("weight_strides", ctypes.c_int64 * 6),
+        ("result_strides", ctypes.c_int64 * 5),
+    )
+
+
+def why_not_compiled() -> str:
+    """Return why there is no compiled product, compiling it if need be; "" if there is one."""
+    return _compiled()[1]
+
+
+def pruned_input_grad(
+    grad_output: Tensor,
+    weight: Tensor,
+    seed: Tensor | None,
+    n: int,
+    m: int,
+    prune: str,
+    rescale: str,
+    result: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    groups: int,
+) -> None:
+    """Write the input gradient into result.
+
+    Args: As for sdgp::pruned_input_grad, checked; of one of DTYPES, with no size of 0. All strides
+        are read in place.
+    """
+    library = cast(ctypes.CDLL, _compiled()[0])
+    absent = 5 - grad_output.dim()
+
+    def space(values: Sequence[int], fill: int) -> ctypes.Array[ctypes.c_int64]:
+        return _Space(*[fill] * absent, *values)
+
+    def strides(values: Sequence[int], *counted: int) -> tuple[int, ...]:
+        return (*counted, *values[:2], *[0] * absent, *values[2:])
+
+    # Of the weight, in the order (group, output channel, input channel, *kernel).
+    to_next, first, second = weight.shape[0] // groups * weight.stride(0), *weight.stride()[:2]
+    of_channels = (second, first) if transposed else (first, second)
+    weight_strides = strides((*of_channels, *weight.stride()[2:]), to_next)
+    problem = _Problem(
+        grad_output=grad_output.data_ptr(),
+        weight=weight.data_ptr(),
+        result=result.data_ptr(),
+        is_bfloat16=grad_output.dtype == torch.bfloat16,
+        threads=torch.get_num_threads(),
+        seed=0 if seed is None else int(seed),
+        n=n,
+        m=m,
+        function=PRUNING_FUNCTIONS.index(prune),
+        scope=RESCALE_SCOPES.index(rescale),
+        samples=grad_output.shape[0],
+        groups=groups,
+        out_channels=grad_output.shape[1] // groups,
+        in_channels=result.shape[1] // groups,
+        output_size=space(grad_output.shape[2:], 1),
+        input_size=space(result.shape[2:], 1),
+        kernel=space(weight.shape[2:], 1),
+        stride=space(stride, 1),
+        padding=space(padding, 0),
+        dilation=space(dilation, 1),
+        transposed=transposed,
+        grad_strides=strides(grad_output.stride()),
+        weight_strides=weight_strides,
+        result_strides=strides(result.stride()),
+    )
+    size = library.sdgp_workspace_bytes(ctypes.byref(problem))
+    workspace = torch.empty(size, dtype=torch.uint8)
+    library.sdgp_pruned_input_grad(ctypes.byref(problem), ctypes.c_void_p(workspace.data_ptr()))
+
+
+@functools.cache
+def _compiled() -> tuple[ctypes.CDLL | None, str]:
+    """Return the library, or why there is none."""
+    from torch._inductor.codecache import CppCodeCache
+    from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
+
+    try:
+        library = CppCodeCache.load(SOURCE.read_text(), "cpu")
+    except InvalidCxxCompiler:
+        return None, "no C++ compiler"
+    except (CppCompileError, OSError) as error:
+        log.warning("The sparse product of the CPU does not compile: %s", error)
+        return None, "the C++ compiler fails"
+    library.sdgp_workspace_bytes.restype = ctypes.c_int64
+    return library, ""

@@ -1,0 +1,788 @@
+// The input gradient of a layer from its output gradient, pruned n:m: prune, pack and multiply.
+//
+// For one position of the result, acc[ci] += value * weight[tap][co][ci] for the kept co alone: a
+// broadcast, and a multiply-add with a memory operand for every vector of input channels.
+//
+//   gradient   packed in tiles of LANES positions. For each group of m channels a tile has n slots
+//              of LANES values, and LANES places: where their weights lie in a slab.
+//   weight     packed in slabs of one tap, out_block output channels and one block of input
+//              channels, which lie in the first-level cache while a block of positions uses them.
+//   result     a block of positions and a block of input channels at a time, summed in float32.
+//              One thread sums a value, in an order that depends on the layer's shape alone, so
+//              that the bits are the same for any number of threads.
+//
+// What the pruning keeps is multiplied, zeros among it; what it drops, and padding, is skipped.
+// Positions beyond the last, in the last tile, repeat the first of it, and are not read.
+
+#include <omp.h>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace {
+
+// Vectors of the compiler, as wide as the machine has them.
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16, REGISTERS = 32;
+#elif defined(__AVX2__)
+constexpr int LANES = 8, REGISTERS = 16;
+#elif defined(__ARM_NEON)
+constexpr int LANES = 4, REGISTERS = 32;
+#else
+constexpr int LANES = 4, REGISTERS = 16;
+#endif
+
+typedef float Floats __attribute__((vector_size(LANES * 4)));
+typedef int32_t Ints __attribute__((vector_size(LANES * 4)));
+typedef uint32_t Words __attribute__((vector_size(LANES * 4)));
+typedef uint64_t Longs __attribute__((vector_size(LANES * 8)));
+typedef double Doubles __attribute__((vector_size(LANES * 8)));
+typedef uint16_t Halves __attribute__((vector_size(LANES * 2)));
+
+// A distinct type, since uint16_t would be a number.
+struct BFloat16 {
+  uint16_t bits;
+};
+
+inline Floats load(const float* from) {
+  Floats x;
+  std::memcpy(&x, from, sizeof x);
+  return x;
+}
+
+inline Floats load(const BFloat16* from) {
+  Halves x;
+  std::memcpy(&x, from, sizeof x);
+  return (Floats)(__builtin_convertvector(x, Words) << 16);
+}
+
+inline float number(float x) { return x; }
+
+inline float number(BFloat16 x) {
+  uint32_t bits = uint32_t(x.bits) << 16;
+  float result;
+  std::memcpy(&result, &bits, sizeof result);
+  return result;
+}
+
+template <typename V>
+inline void store(float* to, V x) {
+  std::memcpy(to, &x, sizeof x);
+}
+
+// Compilers may or may not make one instruction of it, and results must not depend on that.
+inline Floats multiply_add(Floats a, Floats b, Floats c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(__AVX2__) && defined(__FMA__)
+  return _mm256_fmadd_ps(a, b, c);
+#elif defined(__ARM_NEON)
+  return vfmaq_f32(c, a, b);
+#else
+  return a * b + c;
+#endif
+}
+
+inline Floats absolute(Floats x) { return (Floats)((Ints)x & 0x7FFFFFFF); }
+
+inline Ints is_finite(Floats x) { return ((Ints)x & 0x7FFFFFFF) < 0x7F800000; }
+
+// The nearest number with 8 bits, ties to even, as float.
+inline Floats round_to_bfloat16(Floats x) {
+  Words bits = (Words)x;
+  Words rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000;
+  Ints is_nan = ((Ints)x & 0x7FFFFFFF) > 0x7F800000;
+  return (Floats)(is_nan ? (Ints)((bits | 0x400000) & 0xFFFF0000) : (Ints)rounded);
+}
+
+#if defined(__clang__)
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Ints{__VA_ARGS__})
+#endif
+
+inline Floats interleave_low(Floats a, Floats b) {
+#if defined(__AVX512F__)
+  return SHUFFLE(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+#elif defined(__AVX2__)
+  return SHUFFLE(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+#else
+  return SHUFFLE(a, b, 0, 4, 1, 5);
+#endif
+}
+
+inline Floats interleave_high(Floats a, Floats b) {
+#if defined(__AVX512F__)
+  return SHUFFLE(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+#elif defined(__AVX2__)
+  return SHUFFLE(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+#else
+  return SHUFFLE(a, b, 2, 6, 3, 7);
+#endif
+}
+
+// Transpose LANES vectors: every step rotates the bits of (vector, lane) by one.
+inline void transpose(Floats* x) {
+#pragma GCC unroll 4
+  for (int step = 1; step < LANES; step *= 2) {
+    Floats y[LANES];
+#pragma GCC unroll 8
+    for (int i = 0; i < LANES / 2; i++) {
+      y[2 * i] = interleave_low(x[i], x[i + LANES / 2]);
+      y[2 * i + 1] = interleave_high(x[i], x[i + LANES / 2]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++) x[i] = y[i];
+  }
+}
+
+// The problem. The struct of op.py, field by field. Sizes of space have three dimensions, of which
+// leading ones are 1; channels are those of one group of the convolution.
+
+enum Function { RANDOM, MAGNITUDE, RESCALED_MAGNITUDE, MVUE };
+enum Scope { GROUP, FEATURE_MAP, CHANNEL };
+
+struct Problem {
+  const void* grad_output;
+  const void* weight;
+  void* result;
+  int64_t is_bfloat16, threads;
+  int64_t seed, n, m, function, scope;
+  int64_t samples, groups, out_channels, in_channels;
+  int64_t output_size[3], input_size[3];
+  int64_t kernel[3], stride[3], padding[3], dilation[3], transposed;
+  int64_t grad_strides[5];    // sample, channel, space
+  int64_t weight_strides[6];  // group, output channel, input channel, kernel
+  int64_t result_strides[5];  // sample, channel, space
+};
+
+constexpr int MAX_M = 32;
+constexpr int BLOCK = 128;                // Positions of the result.
+constexpr int64_t CHUNK_BYTES = 1 << 21;  // Of packed gradient, for each thread.
+constexpr int64_t SLAB_BYTES = 1 << 14;
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Numbers that follow from a problem's shapes, and where things are in the workspace.
+struct Plan {
+  int64_t space, channels, slots;      // Positions of a sample; channels and slots of a position.
+  int64_t vectors, width, in_blocks;   // Of a row of a slab; floats of it; rows for each channel.
+  int64_t out_block, taps;             // Output channels of a slab.
+  int64_t tile_floats, chunk_samples;  // A chunk of samples is packed at once.
+  int64_t packed, sums, factors, accumulators, slabs, bytes;  // Offsets in bytes; all of it.
+
+  Plan(const Problem& p) {
+    space = p.output_size[0] * p.output_size[1] * p.output_size[2];
+    channels = p.groups * p.out_channels;
+    slots = channels / p.m * p.n;
+    taps = p.kernel[0] * p.kernel[1] * p.kernel[2];
+
+    // The fewest loads: a broadcast and the weights for each row, and rows are padded.
+    int64_t needed = ceil_div(p.in_channels, LANES), fewest = INT64_MAX;
+    for (int64_t v = 1; v <= 12; v++) {
+      int64_t loads = ceil_div(needed, v) * (v + 1);
+      if (loads <= fewest) fewest = loads, vectors = v;
+    }
+    width = vectors * LANES;
+    in_blocks = ceil_div(needed, vectors);
+    // A multiple of every m.
+    int64_t rows = SLAB_BYTES / (width * 4) / MAX_M * MAX_M;
+    out_block = std::clamp<int64_t>(rows, MAX_M, 256);
+
+    tile_floats = slots * 2 * LANES;
+    int64_t sample_bytes = std::max<int64_t>(1, slots * 8 * space);
+    chunk_samples = std::clamp<int64_t>(CHUNK_BYTES * p.threads / sample_bytes, 1, p.samples);
+    int64_t tiles = ceil_div(chunk_samples * space, LANES);
+
+    bool wide = p.function == RESCALED_MAGNITUDE && p.scope != GROUP;
+    bytes = 0;
+    auto take = [this](int64_t size) {
+      int64_t begin = bytes;
+      bytes += ceil_div(size, 64) * 64;
+      return begin;
+    };
+    packed = take(tiles * tile_floats * 4);
+    slabs = take(p.groups * in_blocks * taps * p.out_channels * width * 4);
+    accumulators = take(p.threads * BLOCK * width * 4);
+    sums = take(wide ? p.samples * channels * 16 : 0);
+    factors = take(wide ? p.samples * channels * 4 : 0);
+  }
+};
+
+// Reading the gradient.
+
+// LANES positions of the gradient, one after the other in the order of samples and space.
+struct Tile {
+  const Problem& p;
+  int64_t offset[LANES];  // In memory.
+  int64_t sample[LANES];
+  int64_t first;  // Of all positions of the batch.
+  bool adjacent;
+
+  Tile(const Problem& p, const Plan& plan, int64_t first, int64_t end) : p(p), first(first) {
+    adjacent = true;
+    for (int lane = 0; lane < LANES; lane++) {
+      int64_t index = first + lane < end ? first + lane : first;
+      int64_t rest = index % plan.space, at[3];
+      for (int d = 2; d >= 0; d--) at[d] = rest % p.output_size[d], rest /= p.output_size[d];
+      sample[lane] = index / plan.space;
+      offset[lane] = sample[lane] * p.grad_strides[0];
+      for (int d = 0; d < 3; d++) offset[lane] += at[d] * p.grad_strides[2 + d];
+      adjacent &= offset[lane] == offset[0] + lane;
+    }
+  }
+
+  // Read channels, for each a vector of positions.
+  void read(int64_t channel, int64_t count, Floats* x) const {
+    if (p.is_bfloat16) read_from(static_cast<const BFloat16*>(p.grad_output), channel, count, x);
+    else read_from(static_cast<const float*>(p.grad_output), channel, count, x);
+  }
+
+ private:
+  template <typename T>
+  void read_from(const T* grad, int64_t channel, int64_t count, Floats* x) const {
+    int64_t stride = p.grad_strides[1], c = 0;
+    grad += channel * stride;
+    if (adjacent) {
+      for (; c < count; c++) x[c] = load(grad + offset[0] + c * stride);
+    } else if (stride == 1) {
+      for (; c + LANES <= count; c += LANES) {
+#pragma GCC unroll 16
+        for (int lane = 0; lane < LANES; lane++) x[c + lane] = load(grad + offset[lane] + c);
+        transpose(x + c);
+      }
+    }
+    for (; c < count; c++) {
+      for (int lane = 0; lane < LANES; lane++) x[c][lane] = number(grad[offset[lane] + c * stride]);
+    }
+  }
+};
+
+// Pruning: what reference.py does, to the last bit.
+
+// What is larger is kept first: |x|, then infinity, and then NaN, all of them alike.
+inline Ints magnitude_key(Floats x) {
+  Ints bits = (Ints)x & 0x7FFFFFFF;
+  return bits < 0x7F800001 ? bits : Ints{} + 0x7F800001;
+}
+
+// Four words of 32 random bits for each index, by Philox 4x32-10.
+inline void philox(int64_t seed, const Longs& index, uint32_t block, Words* word) {
+  auto narrow = [](Longs x) { return __builtin_convertvector(x, Words); };
+  uint32_t key[2] = {uint32_t(seed), uint32_t(uint64_t(seed) >> 32)};
+  word[0] = narrow(index), word[1] = narrow(index >> 32);
+  word[2] = Words{} + block, word[3] = Words{};
+  for (int round = 0; round < 10; round++) {
+    Longs a = __builtin_convertvector(word[0], Longs) * 0xD2511F53u;
+    Longs b = __builtin_convertvector(word[2], Longs) * 0xCD9E8D57u;
+    Words next[4] = {narrow(b >> 32) ^ word[1] ^ key[0], narrow(b),
+                     narrow(a >> 32) ^ word[3] ^ key[1], narrow(a)};
+    std::copy(next, next + 4, word);
+    key[0] += 0x9E3779B9u, key[1] += 0xBB67AE85u;
+  }
+}
+
+// Make values unbiased, and keys that keep what has a value; see mvue of reference.py.
+template <int M>
+inline void mvue(int n, Words random, Floats* value, Ints* key) {
+  Floats size[M], rest{}, all = Floats{} + float(n), room = all;
+  Ints certain[M] = {};
+  for (int i = 0; i < M; i++) size[i] = absolute(value[i]);
+  rest = size[0];
+  for (int i = 1; i < M; i++) rest += size[i];
+  Ints finite = is_finite(rest);
+  for (int round = 0; round < n; round++) {
+    for (int i = 0; i < M; i++) certain[i] |= (size[i] > 0) & (room * size[i] >= rest);
+    Floats left = all, sum{};
+    for (int i = 0; i < M; i++) {
+      left -= certain[i] ? Floats{} + 1 : Floats{};
+      sum += certain[i] ? Floats{} : size[i];
+    }
+    room = left, rest = sum;
+  }
+  Floats density = room / (rest == 0 ? Floats{} + 1 : rest), prefix{};
+  Floats step = rest / room;
+  Ints uniform = (Ints)(random >> 8), before = -uniform >> 24;
+  for (int i = 0; i < M; i++) {
+    prefix += certain[i] ? Floats{} : size[i];
+    Floats share = prefix * density;
+    share = share < room ? share : room;
+    share = prefix == rest ? room : share;
+    share = finite & (rest != 0) ? share : Floats{};
+    Ints passed = (__builtin_convertvector(share * 16777216.0f, Ints) - uniform) >> 24;
+    Ints sampled = passed > before;
+    before = passed;
+    Ints sign = (Ints)value[i] & INT32_MIN;
+    Floats unbiased = certain[i] ? value[i] : (Floats)(((Ints)step | sign) & sampled);
+    key[i] = finite ? -(certain[i] | sampled) : magnitude_key(value[i]);
+    value[i] = finite ? unbiased : value[i];
+  }
+}
+
+// A problem's pruning function, for groups of M channels.
+template <int M>
+struct Pruning {
+  const Problem& p;
+  int64_t groups;        // Of a position.
+  const float* factors;  // Of the wider scopes, (samples, channels).
+
+  // Mark the n largest keys, of equal ones the first, and return each with its value and place.
+  template <typename Keep>
+  void choose(const Floats* value, Ints* key, Ints place, int width, Keep keep) const {
+    for (int k = 0; k < p.n; k++) {
+      Ints largest = key[0], found = place, at = place;
+      Floats kept = value[0];
+      for (int i = 1; i < M; i++) {
+        Ints larger = key[i] > largest;
+        at += width;
+        largest = larger ? key[i] : largest;
+        kept = larger ? value[i] : kept;
+        found = larger ? at : found;
+      }
+      at = place;
+      for (int i = 0; i < M; i++, at += width) key[i] |= found == at;  // -1, below every key.
+      keep(k, kept, found);
+    }
+  }
+
+  // Fill the n slots of a group.
+  void pack(const Floats* x, const Tile& tile, int64_t channel, int place, int width,
+            float* slots) const {
+    Floats value[M];
+    Ints key[M];
+    std::copy(x, x + M, value);
+    if (p.function == RANDOM || p.function == MVUE) {
+      Longs index;
+      for (int lane = 0; lane < LANES; lane++) {
+        index[lane] = (tile.first + lane) * groups + channel / M;
+      }
+      Words word[4];
+      if (p.function == MVUE) {
+        philox(p.seed, index, 0, word);
+        mvue<M>(p.n, word[0], value, key);
+      } else {
+        for (int i = 0; i < M; i++) {
+          if (i % 4 == 0) philox(p.seed, index, i / 4, word);
+          key[i] = (Ints)(word[i % 4] >> 6);
+        }
+      }
+    } else {
+      for (int i = 0; i < M; i++) key[i] = magnitude_key(x[i]);
+    }
+    choose(value, key, Ints{} + place, width, [&](int k, Floats kept, Ints found) {
+      store(slots + k * 2 * LANES, kept);
+      store(slots + k * 2 * LANES + LANES, found);
+    });
+    if (p.function == RESCALED_MAGNITUDE) {
+      if (p.scope == GROUP) {
+        Floats total = absolute(x[0]), kept = (Floats)((Ints)total & key[0] >> 31);
+        for (int i = 1; i < M; i++) {
+          total += absolute(x[i]);
+          kept += (Floats)((Ints)absolute(x[i]) & key[i] >> 31);
+        }
+        Floats factor = total / kept;
+        factor = is_finite(factor) ? factor : Floats{} + 1;
+        for (int k = 0; k < p.n; k++) scale(slots + k * 2 * LANES, factor);
+      } else {
+        for (int k = 0; k < p.n; k++) {
+          Floats factor;
+          for (int lane = 0; lane < LANES; lane++) {
+            int32_t found;
+            std::memcpy(&found, slots + (k * 2 + 1) * LANES + lane, sizeof found);
+            int64_t c = channel + (found - place) / width;
+            factor[lane] = factors[tile.sample[lane] * groups * M + c];
+          }
+          scale(slots + k * 2 * LANES, factor);
+        }
+      }
+    }
+    if (p.is_bfloat16 && p.function != RANDOM && p.function != MAGNITUDE) {
+      for (int k = 0; k < p.n; k++) {
+        store(slots + k * 2 * LANES, round_to_bfloat16(load(slots + k * 2 * LANES)));
+      }
+    }
+  }
+
+  static void scale(float* values, Floats factor) { store(values, load(values) * factor); }
+
+  // Add up |x| and the kept |x| of a group, in lanes.
+  void add(const Floats* x, Doubles* total, Doubles* kept) const {
+    Ints key[M];
+    for (int i = 0; i < M; i++) key[i] = magnitude_key(x[i]);
+    choose(x, key, Ints{}, 1, [](int, Floats, Ints) {});
+    for (int i = 0; i < M; i++) {
+      Ints size = (Ints)absolute(x[i]);
+      total[i] += __builtin_convertvector((Floats)size, Doubles);
+      kept[i] += __builtin_convertvector((Floats)(size & key[i] >> 31), Doubles);
+    }
+  }
+};
+
+constexpr int64_t STEP = 32;  // Channels that are read at once: a multiple of every m and LANES.
+
+// Prune and pack a tile.
+template <int M>
+void pack_tile(const Problem& p, const Plan& plan, const float* factors, int64_t first,
+               int64_t end, float* slots) {
+  Pruning<M> pruning{p, plan.channels / M, factors};
+  Tile tile(p, plan, first, end);
+  Floats x[STEP];
+  for (int64_t begin = 0; begin < plan.channels; begin += STEP) {
+    int64_t count = std::min(STEP, plan.channels - begin);
+    tile.read(begin, count, x);
+    for (int64_t i = 0; i < count; i += M) {
+      int64_t row = (begin + i) % p.out_channels % plan.out_block;
+      pruning.pack(x + i, tile, begin + i, row * plan.width, plan.width, slots);
+      slots += p.n * 2 * LANES;
+    }
+  }
+}
+
+// Sum |x| and the kept |x| of some channels over the space of a sample: sums (channels, 2).
+template <int M>
+void sum_sample(const Problem& p, const Plan& plan, int64_t sample, int64_t channel, double* sums) {
+  Pruning<M> pruning{p, plan.channels / M, nullptr};
+  int64_t count = std::min(STEP, plan.channels - channel), end = (sample + 1) * plan.space;
+  Floats x[STEP];
+  Doubles total[STEP] = {}, kept[STEP] = {};
+  for (int64_t first = sample * plan.space; first < end; first += LANES) {
+    Tile(p, plan, first, end).read(channel, count, x);
+    for (int64_t lane = end - first; lane < LANES; lane++) {
+      for (int64_t c = 0; c < count; c++) x[c][lane] = 0;
+    }
+    for (int64_t c = 0; c < count; c += M) pruning.add(x + c, total + c, kept + c);
+  }
+  for (int64_t c = 0; c < count; c++) {
+    sums[2 * c] = sums[2 * c + 1] = 0;
+    for (int lane = 0; lane < LANES; lane++) {
+      sums[2 * c] += total[c][lane];
+      sums[2 * c + 1] += kept[c][lane];
+    }
+  }
+}
+
+inline float quotient(double total, double kept) {
+  float factor = float(total) / float(kept);
+  uint32_t bits;
+  std::memcpy(&bits, &factor, sizeof bits);
+  return (bits & 0x7F800000) < 0x7F800000 ? factor : 1.0f;
+}
+
+// Turn the sums of each sample into factors (samples, channels).
+void find_factors(const Problem& p, const Plan& plan, const double* sums, float* factors) {
+#pragma omp for schedule(static)
+  for (int64_t c = 0; c < plan.channels; c++) {
+    double total = 0, kept = 0;
+    for (int64_t b = 0; b < p.samples; b++) {
+      const double* of_sample = sums + (b * plan.channels + c) * 2;
+      total += of_sample[0], kept += of_sample[1];
+      factors[b * plan.channels + c] = quotient(of_sample[0], of_sample[1]);
+    }
+    if (p.scope == CHANNEL) {
+      float factor = quotient(total, kept);
+      for (int64_t b = 0; b < p.samples; b++) factors[b * plan.channels + c] = factor;
+    }
+  }
+}
+
+// Slabs, (groups, in_blocks, taps, out_channels, width): rows of one output channel.
+template <typename T>
+void pack_weight(const Problem& p, const Plan& plan, const T* weight, float* slabs) {
+#pragma omp for collapse(3) schedule(static) nowait
+  for (int64_t group = 0; group < p.groups; group++) {
+    for (int64_t block = 0; block < plan.in_blocks; block++) {
+      for (int64_t out = 0; out < p.out_channels; out++) {
+        const int64_t* strides = p.weight_strides;
+        const T* from = weight + group * strides[0] + out * strides[1] +
+                        block * plan.width * strides[2];
+        float* to = slabs + ((group * plan.in_blocks + block) * plan.taps * p.out_channels + out) *
+                                plan.width;
+        int64_t count = std::min(plan.width, p.in_channels - block * plan.width);
+        for (int64_t a = 0; a < p.kernel[0]; a++) {
+          for (int64_t b = 0; b < p.kernel[1]; b++) {
+            for (int64_t c = 0; c < p.kernel[2]; c++) {
+              const T* tap = from + a * strides[3] + b * strides[4] + c * strides[5];
+              int64_t i = 0;
+              if (strides[2] == 1) {
+                for (; i + LANES <= count; i += LANES) store(to + i, load(tap + i));
+              }
+              for (; i < count; i++) to[i] = number(tap[i * strides[2]]);
+              for (; i < plan.width; i++) to[i] = 0;
+              to += p.out_channels * plan.width;
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+// The product.
+
+// A position of the result that a tap reaches, and where the gradient's values for it are.
+struct Pair {
+  const float* slots;
+  float* accumulator;
+};
+
+// Add what ROWS positions get through one slab.
+template <int VECTORS, int ROWS>
+inline void multiply(const Pair* pairs, int64_t slot, int64_t kept, const float* slab) {
+  const float* slots[ROWS];
+  float* accumulator[ROWS];
+  Floats sum[ROWS][VECTORS];
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; r++) {
+    slots[r] = pairs[r].slots + slot * 2 * LANES;
+    accumulator[r] = pairs[r].accumulator;
+#pragma GCC unroll 12
+    for (int v = 0; v < VECTORS; v++) sum[r][v] = load(accumulator[r] + v * LANES);
+  }
+  for (int64_t k = 0; k < kept; k++) {
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; r++) {
+      Floats value = Floats{} + slots[r][k * 2 * LANES];
+      int32_t place;
+      std::memcpy(&place, slots[r] + k * 2 * LANES + LANES, sizeof place);
+      const float* row = slab + place;
+#pragma GCC unroll 12
+      for (int v = 0; v < VECTORS; v++) {
+        sum[r][v] = multiply_add(value, load(row + v * LANES), sum[r][v]);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; r++) {
+#pragma GCC unroll 12
+    for (int v = 0; v < VECTORS; v++) store(accumulator[r] + v * LANES, sum[r][v]);
+  }
+}
+
+template <int VECTORS>
+void multiply_all(const Pair* pairs, int count, int64_t slot, int64_t kept, const float* slab) {
+  // As many as registers hold, and no more than hide how long a multiply-add takes.
+  constexpr int ROWS = std::clamp((REGISTERS == 32 ? 24 : 12) / VECTORS, 1, 4);
+  int i = 0;
+  for (; i + ROWS <= count; i += ROWS) multiply<VECTORS, ROWS>(pairs + i, slot, kept, slab);
+  for (; i < count; i++) multiply<VECTORS, 1>(pairs + i, slot, kept, slab);
+}
+
+using MultiplyAll = void (*)(const Pair*, int, int64_t, int64_t, const float*);
+constexpr MultiplyAll MULTIPLY_ALL[] = {
+    nullptr,         multiply_all<1>, multiply_all<2>,  multiply_all<3>,  multiply_all<4>,
+    multiply_all<5>, multiply_all<6>, multiply_all<7>,  multiply_all<8>,  multiply_all<9>,
+    multiply_all<10>, multiply_all<11>, multiply_all<12>};
+
+// Positions of the result that the same taps reach: one remainder by the stride in each dimension.
+struct Class {
+  struct Tap {
+    int64_t index, shift;  // The gradient's coordinate is step * k + shift.
+  };
+  int64_t remainder[3], count[3];  // The result's coordinate is remainder + spacing * k.
+  std::vector<Tap> taps[3];
+  int64_t first_block;  // Of all blocks of a chunk.
+
+  Class(const Problem& p, int64_t number) {
+    for (int d = 2; d >= 0; d--) {
+      int64_t spacing = p.transposed ? 1 : p.stride[d];
+      int64_t remainders = std::min(spacing, p.input_size[d]);
+      int64_t r = remainder[d] = number % remainders;
+      number /= remainders;
+      count[d] = ceil_div(p.input_size[d] - r, spacing);
+      for (int64_t t = 0; t < p.kernel[d]; t++) {
+        int64_t reach = r + p.padding[d] - t * p.dilation[d];
+        if (p.transposed) taps[d].push_back({t, -p.padding[d] + t * p.dilation[d]});
+        else if (reach % spacing == 0) taps[d].push_back({t, reach / spacing});
+      }
+    }
+  }
+
+  int64_t size() const { return count[0] * count[1] * count[2]; }
+};
+
+std::vector<Class> find_classes(const Problem& p) {
+  int64_t number = 1;
+  for (int d = 0; d < 3; d++) number *= p.transposed ? 1 : std::min(p.stride[d], p.input_size[d]);
+  std::vector<Class> classes;
+  for (int64_t i = 0; i < number; i++) classes.emplace_back(p, i);
+  return classes;
+}
+
+// Write a row of sums to each position's offset.
+void write(const Problem& p, const int64_t* to, int count, int64_t channels, const float* sums,
+           int64_t width) {
+  int64_t stride = p.result_strides[1];
+  if (p.is_bfloat16) {
+    uint16_t* result = static_cast<uint16_t*>(p.result);
+    for (int i = 0; i < count; i++) {
+      for (int64_t c = 0; c < channels; c += LANES) {  // Rows are padded to whole vectors.
+        Words bits = (Words)round_to_bfloat16(load(sums + i * width + c)) >> 16;
+        int64_t lanes = std::min<int64_t>(LANES, channels - c);
+        for (int64_t lane = 0; lane < lanes; lane++) {
+          result[to[i] + (c + lane) * stride] = bits[lane];
+        }
+      }
+    }
+    return;
+  }
+  float* result = static_cast<float*>(p.result);
+  if (stride == 1) {
+    for (int i = 0; i < count; i++) std::memcpy(result + to[i], sums + i * width, channels * 4);
+    return;
+  }
+  for (int64_t c = 0; c < channels; c++) {
+    for (int i = 0; i < count; i++) result[to[i] + c * stride] = sums[i * width + c];
+  }
+}
+
+// Compute a block of positions of a class, for one block of input channels of one group.
+void multiply_block(const Problem& p, const Plan& plan, const Class& of, int64_t block,
+                    int64_t first_sample, int64_t samples, int64_t group, int64_t in_block,
+                    const float* packed, const float* slabs, float* accumulators) {
+  int64_t first = block * BLOCK;
+  int count = std::min<int64_t>(BLOCK, samples * of.size() - first);
+  int64_t coordinate[3][BLOCK], source[BLOCK];
+  int64_t to[BLOCK];
+  for (int i = 0; i < count; i++) {
+    int64_t rest = first + i, sample, at[3];
+    for (int d = 2; d >= 0; d--) at[d] = rest % of.count[d], rest /= of.count[d];
+    sample = rest;
+    to[i] = (first_sample + sample) * p.result_strides[0] +
+            (group * p.in_channels + in_block * plan.width) * p.result_strides[1];
+    source[i] = sample;
+    for (int d = 0; d < 3; d++) {
+      int64_t spacing = p.transposed ? 1 : p.stride[d], step = p.transposed ? p.stride[d] : 1;
+      coordinate[d][i] = step * at[d];
+      source[i] = source[i] * p.output_size[d] + coordinate[d][i];
+      to[i] += (of.remainder[d] + spacing * at[d]) * p.result_strides[2 + d];
+    }
+  }
+  std::memset(accumulators, 0, count * plan.width * 4);
+
+  slabs += (group * plan.in_blocks + in_block) * plan.taps * p.out_channels * plan.width;
+  int64_t first_slot = group * p.out_channels / p.m * p.n;
+  auto is_inside = [&](int d, int i, int64_t shift) {
+    return uint64_t(coordinate[d][i] + shift) < uint64_t(p.output_size[d]);
+  };
+  int planes[BLOCK], rows[BLOCK];
+  Pair pairs[BLOCK];
+  for (auto [index_0, shift_0] : of.taps[0]) {
+    int in_plane = 0;
+    for (int i = 0; i < count; i++) {
+      planes[in_plane] = i;
+      in_plane += is_inside(0, i, shift_0);
+    }
+    for (auto [index_1, shift_1] : of.taps[1]) {
+      int in_row = 0;
+      for (int j = 0; j < in_plane; j++) {
+        rows[in_row] = planes[j];
+        in_row += is_inside(1, planes[j], shift_1);
+      }
+      for (auto [index_2, shift_2] : of.taps[2]) {
+        int reached = 0;
+        int64_t shift = (shift_0 * p.output_size[1] + shift_1) * p.output_size[2] + shift_2;
+        for (int j = 0; j < in_row; j++) {
+          int i = rows[j];
+          int64_t position = source[i] + shift;
+          pairs[reached].slots =
+              packed + position / LANES * plan.tile_floats + position % LANES;
+          pairs[reached].accumulator = accumulators + i * plan.width;
+          reached += is_inside(2, i, shift_2);
+        }
+        int64_t tap = (index_0 * p.kernel[1] + index_1) * p.kernel[2] + index_2;
+        for (int64_t out = 0; out < p.out_channels; out += plan.out_block) {
+          int64_t channels = std::min(plan.out_block, p.out_channels - out);
+          MULTIPLY_ALL[plan.vectors](pairs, reached, first_slot + out / p.m * p.n,
+                                     channels / p.m * p.n,
+                                     slabs + (tap * p.out_channels + out) * plan.width);
+        }
+      }
+    }
+  }
+  int64_t channels = std::min(plan.width, p.in_channels - in_block * plan.width);
+  write(p, to, count, channels, accumulators, plan.width);
+}
+
+// What depends on m.
+struct Packing {
+  decltype(&pack_tile<1>) pack_tile;
+  decltype(&sum_sample<1>) sum_sample;
+};
+
+Packing packing(int64_t m) {
+  switch (m) {
+    case 1: return {pack_tile<1>, sum_sample<1>};
+    case 2: return {pack_tile<2>, sum_sample<2>};
+    case 4: return {pack_tile<4>, sum_sample<4>};
+    case 8: return {pack_tile<8>, sum_sample<8>};
+    case 16: return {pack_tile<16>, sum_sample<16>};
+    default: return {pack_tile<32>, sum_sample<32>};
+  }
+}
+
+void run(const Problem& p, char* workspace) {
+  const Plan plan(p);
+  const Packing of_m = packing(p.m);
+  float* packed = reinterpret_cast<float*>(workspace + plan.packed);
+  float* slabs = reinterpret_cast<float*>(workspace + plan.slabs);
+  float* accumulators = reinterpret_cast<float*>(workspace + plan.accumulators);
+  double* sums = reinterpret_cast<double*>(workspace + plan.sums);
+  float* factors = reinterpret_cast<float*>(workspace + plan.factors);
+  std::vector<Class> classes = find_classes(p);
+#pragma omp parallel num_threads(p.threads)
+  {
+    if (p.is_bfloat16) pack_weight(p, plan, static_cast<const BFloat16*>(p.weight), slabs);
+    else pack_weight(p, plan, static_cast<const float*>(p.weight), slabs);
+    if (p.function == RESCALED_MAGNITUDE && p.scope != GROUP) {
+#pragma omp for collapse(2) schedule(dynamic)
+      for (int64_t sample = 0; sample < p.samples; sample++) {
+        for (int64_t c = 0; c < plan.channels; c += STEP) {
+          of_m.sum_sample(p, plan, sample, c, sums + (sample * plan.channels + c) * 2);
+        }
+      }
+      find_factors(p, plan, sums, factors);
+    }
+    for (int64_t sample = 0; sample < p.samples; sample += plan.chunk_samples) {
+      int64_t samples = std::min(plan.chunk_samples, p.samples - sample);
+      int64_t first = sample * plan.space, end = (sample + samples) * plan.space;
+#pragma omp for schedule(dynamic, 4)
+      for (int64_t position = first; position < end; position += LANES) {
+        of_m.pack_tile(p, plan, factors, position, end,
+                       packed + (position - first) / LANES * plan.tile_floats);
+      }
+      int64_t blocks = 0;
+      std::vector<int64_t> first_block;
+      for (const Class& of : classes) {
+        first_block.push_back(blocks);
+        blocks += ceil_div(samples * of.size(), BLOCK);
+      }
+      int64_t products = p.groups * plan.in_blocks;
+#pragma omp for schedule(dynamic)
+      for (int64_t i = 0; i < blocks * products; i++) {
+        int64_t block = i / products, group = i % products / plan.in_blocks;
+        auto after = std::upper_bound(first_block.begin(), first_block.end(), block);
+        int64_t number = after - first_block.begin() - 1;
+        multiply_block(p, plan, classes[number], block - first_block[number], sample, samples,
+                       group, i % plan.in_blocks, packed, slabs,
+                       accumulators + omp_get_thread_num() * BLOCK * plan.width);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+extern "C" int64_t sdgp_workspace_bytes(const Problem* problem) { return Plan(*problem).bytes; }
+
+// All sizes are at least 1.
+extern "C" void sdgp_pruned_input_grad(const Problem* problem, char* workspace) {
+  run(*problem, workspace);
+}

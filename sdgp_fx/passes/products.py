@@ -1,0 +1,89 @@
+"""Multiply pruned elements by a product that skips the zeros.
+
+    before   p  = sdgp.prune_nm(gO, seed, ...)
+             gx = convolution_backward(p, x, w, ..., mask=[1, 0, 0])        or mm(p, w)
+
+    after    gx = sdgp.pruned_input_grad(gO, w, seed, ...)
+
+What the input gradient is says `prune_input_grads`; this is how it is computed. The operator
+prunes, packs and multiplies block by block, so that p never goes through memory. A layer whose
+product stays dense keeps its prune, which is fused with what produces gO.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from ..config import SDGPConfig
+from ..kernels.op import PRUNE_NM
+from ..kernels.sparse.op import PRUNED_INPUT_GRAD
+from .backward import find_parts
+from .graph import compute, sizes_of
+from .layers import Layer
+from .marks import COMPUTES, DECISION, FACTOR_IN_WEIGHT
+from .prune_input_grads import find_layers
+
+aten = torch.ops.aten
+
+
+def skip_zeros(graph: fx.Graph, config: SDGPConfig) -> None:
+    """Rewrite a joint graph that went through `prune_input_grads`, in place, with its branches.
+
+    Layers get the product that their decision names. One whose pruned gradient something else
+    reads keeps the dense one, and so does a graph that has been rewritten before.
+    """
+    for part in find_parts(graph):
+        if not _skip_zeros(part.graph, config):
+            continue
+        part.graph.eliminate_dead_code()
+        part.graph.lint()
+        if part.graph is not graph and part.graph.owning_module is not None:
+            part.graph.owning_module.recompile()
+
+
+def _skip_zeros(graph: fx.Graph, config: SDGPConfig) -> bool:
+    """Rewrite one graph; return whether it has changed."""
+    is_changed = False
+    for layer in find_layers(graph, config):
+        pruned = layer.grad_output
+        decision = pruned.meta.get(DECISION)
+        if (
+            pruned.target is PRUNE_NM
+            and decision is not None
+            and decision.product == "sparse"
+            and list(pruned.users) == [layer.node]
+        ):
+            _replace_product(layer, pruned)
+            is_changed = True
+    return is_changed
+
+
+def _replace_product(layer: Layer, pruned: fx.Node) -> None:
+    """Compute the input gradient from the dense gradient that pruned is made of."""
+    geometry, source = layer.geometry, layer.node
+    assert geometry is not None
+    grad_output, seed, n, m, prune, rescale, _ = pruned.args
+    sizes = sizes_of(geometry.input, source)
+    arguments = (grad_output, layer.weight, seed, n, m, prune, rescale, sizes, *geometry[1:])
+    product = compute(PRUNED_INPUT_GRAD, arguments, source)
+    product.meta[COMPUTES] = pruned.meta[DECISION]
+    if FACTOR_IN_WEIGHT in pruned.meta:
+        product.meta[FACTOR_IN_WEIGHT] = pruned.meta[FACTOR_IN_WEIGHT]
+    layer.replace_input_grad(_with_strides_of(layer.input_grad, product, source))
+
+
+def _with_strides_of(recorded: Tensor, product: fx.Node, source: fx.Node) -> fx.Node:
+    """Copy product where the rest of the graph was traced with other strides."""
+    strides = product.meta["val"].stride()
+    if all(
+        size == 1 or statically_known_true(mine == traced)
+        for size, mine, traced in zip(recorded.shape, strides, recorded.stride(), strict=True)
+    ):
+        return product
+    outermost_first = sorted(range(recorded.dim()), key=recorded.stride, reverse=True)
+    inverse = sorted(range(recorded.dim()), key=outermost_first.__getitem__)
+    rows = compute(aten.permute.default, (product, outermost_first), source)
+    copy = compute(aten.clone.default, (rows,), source, memory_format=torch.contiguous_format)
+    return compute(aten.permute.default, (copy, inverse), source)

@@ -1,0 +1,322 @@
+"""Test the C++ product of the CPU against the reference."""
+
+import os
+import subprocess
+import sys
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sdgp_fx.config import PRUNING_FUNCTIONS
+from sdgp_fx.kernels import reference
+from sdgp_fx.kernels.sparse import cpu
+from sdgp_fx.kernels.sparse.op import PRUNED_INPUT_GRAD
+
+from ...helpers import strategies
+from ...helpers.input_grads import SEED, cases, channels_last, make_case
+
+FUNCTIONS = [
+    *((prune, "group") for prune in PRUNING_FUNCTIONS),
+    ("rescaled_magnitude", "feature_map"),
+    ("rescaled_magnitude", "channel"),
+]
+
+
+class Tolerance(NamedTuple):
+    """How far a sum may be from that of the same products in float64.
+
+    Attributes:
+        of_terms: Relative to the sum of the products' sizes: a few roundings to float32, more for
+            longer sums, and of the wider scopes' factors, which `TOLERANCES` of the reference
+            allows 2e-6.
+        of_result: Relative to the result, which is stored in the dtype: half a unit in the last
+            place.
+    """
+
+    of_terms: float
+    of_result: float
+
+
+TOLERANCES = {
+    torch.float32: Tolerance(of_terms=4e-6, of_result=0),
+    torch.bfloat16: Tolerance(of_terms=4e-6, of_result=2**-8),
+}
+
+
+def assert_agrees(case, n, m, prune, rescale):
+    dtype = case.grad_output.dtype
+    result = PRUNED_INPUT_GRAD(*case.arguments(n, m, prune, rescale))
+    pruned = reference.prune_nm(case.grad_output, SEED, n, m, prune, rescale)
+    expected = case.input_grad(pruned)
+    terms = case.replace(weight=case.weight.abs()).input_grad(pruned.abs())
+    allowed = TOLERANCES[dtype].of_terms * terms + TOLERANCES[dtype].of_result * expected.abs()
+    if dtype == torch.bfloat16 and prune == "rescaled_magnitude" and rescale != "group":
+        # A factor that is off by a rounding may round a value to the next number.
+        allowed += 2**-7 * terms
+    assert result.shape == case.input_size
+    assert result.dtype == dtype
+    error = (result.double() - expected).abs()
+    assert (error <= allowed).all(), (error / terms).max()
+
+
+LAYERS = {
+    "3x3": {"kernel": (3, 3), "size": (9, 7), "padding": 1},
+    "3x3 of stride 2": {"kernel": (3, 3), "size": (9, 8), "padding": 1, "stride": 2},
+    "1x1": {"kernel": (1, 1), "size": (6, 5)},
+    "1x1 of stride 2": {"kernel": (1, 1), "size": (6, 5), "stride": 2},
+    "a stride that skips inputs": {"kernel": (2, 1), "size": (8, 9), "stride": (3, 4)},
+    "5x3 with padding and dilation": {
+        "kernel": (5, 3),
+        "size": (9, 9),
+        "padding": (2, 3),
+        "dilation": 2,
+    },
+    "dilation and stride": {
+        "kernel": (3, 3),
+        "size": (9, 9),
+        "padding": 2,
+        "dilation": (2, 3),
+        "stride": 2,
+    },
+    "1d": {"kernel": (4,), "size": (37,), "padding": 2, "stride": 3},
+    "3d": {"kernel": (2, 3, 1), "size": (4, 5, 3), "padding": (1, 1, 0), "stride": (1, 2, 1)},
+    "transposed": {"kernel": (3, 3), "size": (5, 4), "padding": 1, "transposed": True},
+    "transposed, of stride 2": {
+        "kernel": (3, 4),
+        "size": (5, 4),
+        "padding": 1,
+        "stride": 2,
+        "transposed": True,
+        "output_padding": (1, 0),
+    },
+    "transposed, 3d": {
+        "kernel": (2, 2, 3),
+        "size": (3, 2, 4),
+        "stride": (2, 1, 3),
+        "dilation": (1, 2, 1),
+        "transposed": True,
+    },
+    "matrices": {"kernel": (), "size": (), "batch": 21},
+    "matrices, transposed": {"kernel": (), "size": (), "batch": 21, "transposed": True},
+}
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_every_layer(layer, last, nan_filled_empty):
+    for groups in (1, 2) if LAYERS[layer]["size"] else (1,):
+        case = make_case(40 * groups, 96 * groups, groups=groups, **LAYERS[layer])
+        if last:
+            case.grad_output, case.weight = map(channels_last, (case.grad_output, case.weight))
+        assert_agrees(case, 2, 4, "rescaled_magnitude", "group")
+
+
+@pytest.mark.parametrize(
+    "in_channels", [1, 7, 8, 9, 16, 24, 33, 40, 48, 56, 64, 72, 80, 88, 96, 203]
+)
+def test_every_number_of_input_channels(in_channels, nan_filled_empty):
+    """All widths of blocks of input channels, whole vectors or not."""
+    case = make_case(in_channels, 32, (3, 3), (5, 6), padding=1)
+    assert_agrees(case, 2, 4, "magnitude", "group")
+
+
+@pytest.mark.parametrize("out_channels", [32, 64, 96, 224, 288, 320])
+def test_every_number_of_output_channels(out_channels, nan_filled_empty):
+    """Whole blocks of output channels, and parts of one."""
+    for m in (4, 32):
+        for in_channels in (8, 64):
+            case = make_case(in_channels, out_channels, (1, 3), (3, 6), padding=(0, 1))
+            assert_agrees(case, 2, m, "magnitude", "group")
+
+
+@pytest.mark.parametrize("dtype", cpu.DTYPES)
+@pytest.mark.parametrize("m", [1, 2, 4, 8, 16, 32])
+@pytest.mark.parametrize(("prune", "rescale"), FUNCTIONS)
+def test_every_setting(prune, rescale, m, dtype, nan_filled_empty):
+    for n in sorted({1, min(2, m), m // 2 or 1, m}):
+        case = make_case(12, 96, (3, 3), (7, 5), padding=1, dtype=dtype)
+        assert_agrees(case, n, m, prune, rescale)
+
+
+@given(st.data())
+def test_any_layer_and_setting(data):
+    n, m, prune, rescale = data.draw(strategies.settings())
+    dtype = data.draw(st.sampled_from(cpu.DTYPES))
+    kind = data.draw(st.sampled_from(["normal", "ties"]))
+    assert_agrees(data.draw(cases(m, dtype, kind)), n, m, prune, rescale)
+
+
+# What is kept
+
+
+def by_identity(grad_output, n, m, prune, rescale):
+    """Return the operator's result for weights that are identities of m channels."""
+    channels, dims = grad_output.shape[1], grad_output.dim() - 2
+    weight = torch.eye(m).repeat(channels // m, 1).view(channels, m, *[1] * dims)
+    settings = ([1] * dims, [0] * dims, [1] * dims, False, channels // m)
+    return PRUNED_INPUT_GRAD(
+        grad_output, weight.to(grad_output.dtype), SEED, n, m, prune, rescale,
+        grad_output.shape, *settings,
+    )  # fmt: skip
+
+
+@given(st.data(), strategies.settings())
+def test_keeps_the_values_of_the_reference(data, setting):
+    n, m, prune, rescale = setting
+    spatial = data.draw(st.lists(st.integers(1, 7), min_size=1, max_size=3))
+    shape = (data.draw(st.integers(1, 3)), m * data.draw(st.integers(1, 4)), *spatial)
+    kind = data.draw(st.sampled_from(["normal", "ties", "special"]))
+    dtype = data.draw(st.sampled_from(cpu.DTYPES))
+    x = strategies.values(shape, dtype, kind, data.draw(strategies.seeds))
+    x = channels_last(x) if data.draw(st.booleans()) else data.draw(strategies.layouts(x))
+    result = by_identity(x, n, m, prune, rescale)
+    pruned = reference.prune_nm(x, SEED, n, m, prune, rescale)
+    # 0 times an infinity is NaN, so each result is one value, or NaN.
+    groups = reference.channel_groups(pruned.float(), m)
+    expected = (groups.unsqueeze(-1) * torch.eye(m)).sum(-2).flatten(-2).movedim(-1, 1)
+    tolerance = {"rtol": 0, "atol": 0}
+    if rescale != "group":
+        tolerance = {key: getattr(reference.TOLERANCES[dtype], key) for key in tolerance}
+    torch.testing.assert_close(result.float(), expected, equal_nan=True, **tolerance)
+    assert ((result == 0) == (expected == 0)).all()
+
+
+@pytest.mark.parametrize("special", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("prune", ["magnitude", "rescaled_magnitude", "mvue"])
+def test_what_is_not_finite_is_kept(prune, special):
+    x = torch.randn(1, 8, 3, 3) * 1e30
+    x[0, 5, 1, 1] = special
+    result = by_identity(x, 1, 4, prune, "group")
+    assert not result[0, 4:, 1, 1].isfinite().all()
+    result[0, 4:, 1, 1] = 0
+    assert result.isfinite().all()
+
+
+def test_what_is_dropped_and_the_padding_are_not_multiplied():
+    """0 times NaN of a weight is NaN in a dense product."""
+    case = make_case(8, 8, (3, 3), (4, 4), padding=1)
+    case.grad_output[:, ::4] = 10.0
+    case.weight[1::4] = float("nan")
+    pruned = case.arguments(1, 4, "magnitude")
+    assert PRUNED_INPUT_GRAD(*pruned).isfinite().all()
+    case.grad_output[:, 1] = 20.0
+    assert PRUNED_INPUT_GRAD(*pruned).isnan().any()
+    case.weight[:] = 1
+    case.weight[:, :, 0] = float("nan")
+    # The first row of the kernel reaches rows 0 to 2 of the input alone.
+    result = PRUNED_INPUT_GRAD(*case.arguments(1, 4, "magnitude"))
+    assert result[:, :, :3].isnan().all()
+    assert result[:, :, 3].isfinite().all()
+
+
+# Threads, and what is in memory
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("prune", "rescale"), FUNCTIONS)
+def test_bits_do_not_depend_on_the_number_of_threads(prune, rescale, threads):
+    small = make_case(40, 64, (3, 3), (17, 19), batch=5, padding=1, stride=2)
+    large = make_case(136, 320, (3, 3), (30, 30), batch=5, padding=1)
+    for case in (small, large):
+        case.grad_output = channels_last(case.grad_output)
+        results = []
+        for count in (1, 2, 3):
+            threads(count)
+            results.append(PRUNED_INPUT_GRAD(*case.arguments(3, 8, prune, rescale)))
+        assert torch.equal(results[0], results[1])
+        assert torch.equal(results[0], results[2])
+
+
+def test_samples_that_do_not_fit_are_packed_in_turn(threads):
+    """More than one chunk of the batch, the last one smaller."""
+    threads(1)
+    case = make_case(8, 64, (3, 3), (64, 64), batch=7, padding=1)
+    packed_bytes = case.grad_output.numel() // 2 * 8
+    assert packed_bytes > 2 * 2**21
+    assert_agrees(case, 2, 4, "random", "group")
+    assert_agrees(case, 2, 4, "rescaled_magnitude", "channel")
+
+
+def test_one_openmp_is_loaded():
+    PRUNED_INPUT_GRAD(*make_case(8, 8, (1,), (3,)).arguments())
+    with open("/proc/self/maps") as maps:
+        files = {line.split()[-1] for line in maps}
+    names = [file for file in files if "libgomp" in file or "libomp" in file or "iomp" in file]
+    assert len(names) == 1, names
+
+
+def test_gradients_of_any_strides_are_read_in_place():
+    case = make_case(8, 16, (3, 3), (6, 6), padding=1)
+    x = case.grad_output
+    expected = PRUNED_INPUT_GRAD(*case.arguments())
+    gaps = torch.stack([x, x.new_full(x.shape, float("nan"))], -1)[..., 0]
+    for other in (channels_last(x), gaps, x.mT.contiguous().mT):
+        result = PRUNED_INPUT_GRAD(*case.replace(grad_output=other).arguments())
+        assert torch.equal(result, expected)
+    expanded = x[:1].expand(x.shape)
+    result = PRUNED_INPUT_GRAD(*case.replace(grad_output=expanded).arguments())
+    assert torch.equal(result, expected[:1].expand(result.shape))
+
+
+# Compilation
+
+COMPILE = """
+import torch
+from sdgp_fx.kernels.sparse import cpu
+print(repr(cpu.why_not_compiled()))
+"""
+
+
+def run_python(code, **environment):
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_two_processes_may_compile_at_once(tmp_path):
+    processes = [run_python(COMPILE, TORCHINDUCTOR_CACHE_DIR=str(tmp_path)) for _ in range(2)]
+    for process in processes:
+        output, errors = process.communicate()
+        assert output.splitlines()[-1:] == ["''"], errors
+    assert len(list(tmp_path.rglob("*.so"))) >= 1
+
+
+def test_without_a_compiler_the_product_is_dense(tmp_path):
+    code = (
+        COMPILE
+        + """
+from tests.helpers.input_grads import make_case
+from sdgp_fx.kernels.sparse.op import PRUNED_INPUT_GRAD
+case = make_case(8, 8, (3,), (5,))
+pruned = torch.ops.sdgp.prune_nm(case.grad_output, None, 2, 4, "magnitude", "group", 1)
+result = PRUNED_INPUT_GRAD(*case.arguments(2, 4, "magnitude"))
+torch.testing.assert_close(result, case.input_grad(pruned, torch.float32))
+"""
+    )
+    process = run_python(code, TORCHINDUCTOR_CACHE_DIR=str(tmp_path), CXX="/no/such/compiler")
+    output, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert output.splitlines()[-1:] == ["'no C++ compiler'"]
+
+
+def test_a_compiler_that_fails_is_told_apart(tmp_path):
+    compiler = tmp_path / "g++"
+    compiler.write_text("#!/bin/sh\ncase $1 in --version) echo 'g++ 12';; *) exit 1;; esac\n")
+    compiler.chmod(0o755)
+    process = run_python(COMPILE, TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "c"), CXX=str(compiler))
+    output, errors = process.communicate()
+    assert output.splitlines()[-1:] == ["'the C++ compiler fails'"], errors
+    assert "does not compile" in errors

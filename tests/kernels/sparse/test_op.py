@@ -1,0 +1,169 @@
+"""Test the operator sdgp::pruned_input_grad: arguments, strides, and what is multiplied densely."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from sdgp_fx.config import PRUNING_FUNCTIONS
+from sdgp_fx.kernels import reference
+from sdgp_fx.kernels.sparse import op
+
+from ...helpers.input_grads import SEED, channels_last, make_case
+
+LAYERS = {
+    "convolution": {"kernel": (3, 2), "size": (5, 4), "padding": 1, "stride": (1, 2), "groups": 2},
+    "transposed": {
+        "kernel": (3,),
+        "size": (5,),
+        "stride": 2,
+        "transposed": True,
+        "output_padding": 1,
+    },
+    "3d": {"kernel": (1, 2, 3), "size": (2, 3, 4), "padding": (0, 1, 1)},
+    "matrices": {"kernel": (), "size": (), "batch": 5},
+}
+
+
+def layouts(case):
+    """Yield the case with its gradient contiguous, channels-last, and with gaps."""
+    x = case.grad_output
+    yield case
+    yield case.replace(grad_output=channels_last(x), weight=channels_last(case.weight))
+    yield case.replace(grad_output=torch.stack([x, x], -1)[..., 0])
+
+
+@pytest.mark.parametrize("prune", PRUNING_FUNCTIONS)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_opcheck(layer, prune):
+    for case in layouts(make_case(6, 16, **LAYERS[layer])):
+        arguments = case.arguments(2, 4, prune)
+        torch.library.opcheck(torch.ops.sdgp.pruned_input_grad, arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_opcheck_of_other_dtypes(dtype):
+    for case in layouts(make_case(6, 16, (3, 3), (4, 5), dtype=dtype)):
+        torch.library.opcheck(torch.ops.sdgp.pruned_input_grad, case.arguments())
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_strides(layer, dtype):
+    """The channels of the result are adjacent if those of the gradient are."""
+    contiguous, last, gaps = layouts(make_case(6, 16, **LAYERS[layer], dtype=dtype))
+    for case in (contiguous, gaps, last):
+        result = op.PRUNED_INPUT_GRAD(*case.arguments())
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            grad_output, *rest = case.arguments()
+            fake = op.PRUNED_INPUT_GRAD(mode.from_tensor(grad_output), *rest)
+        assert (fake.shape, fake.dtype, fake.stride()) == (
+            result.shape, result.dtype, result.stride(),
+        )  # fmt: skip
+        expected = torch.empty(case.input_size)
+        if case is last:
+            expected = channels_last(expected)
+        assert result.stride() == expected.stride()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_other_dtypes_are_multiplied_densely(layer, dtype):
+    for case in layouts(make_case(6, 16, **LAYERS[layer], dtype=dtype)):
+        result = op.PRUNED_INPUT_GRAD(*case.arguments(1, 4, "mvue"))
+        pruned = reference.prune_nm(case.grad_output, SEED, 1, 4, "mvue", "group")
+        expected = case.input_grad(pruned, torch.float32 if dtype == torch.float16 else dtype)
+        torch.testing.assert_close(result, expected.to(dtype), rtol=2e-3, atol=2e-2)
+
+
+def test_why_not_sparse():
+    host, gpu = torch.device("cpu"), torch.device("cuda")
+    assert op.why_not_sparse(torch.float32, host) == ""
+    assert op.why_not_sparse(torch.bfloat16, host, torch.bfloat16) == ""
+    for dtype in (torch.float16, torch.float64):
+        assert op.why_not_sparse(dtype, host) == "dtype not supported by the sparse product"
+    differs = op.why_not_sparse(torch.bfloat16, host, torch.float32)
+    assert differs == "the weight's dtype is not the gradient's"
+    assert op.why_not_sparse(torch.float32, gpu) == "no sparse product for this device"
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize(
+    ("grad_shape", "weight_shape", "input_size"),
+    [
+        ((0, 8, 3, 3), (8, 4, 3, 3), (0, 4, 5, 5)),
+        ((2, 0, 3, 3), (0, 4, 3, 3), (2, 4, 5, 5)),
+        ((2, 8, 0, 3), (8, 4, 3, 3), (2, 4, 2, 5)),
+        ((2, 8, 3, 3), (8, 0, 3, 3), (2, 0, 5, 5)),
+        ((0, 8), (8, 4), (0, 4)),
+    ],
+)
+def test_zero_sized(grad_shape, weight_shape, input_size, last, nan_filled_empty):
+    grad_output, weight = torch.randn(grad_shape), torch.randn(weight_shape)
+    if last:
+        grad_output = channels_last(grad_output)
+    dims = len(grad_shape) - 2
+    settings = (SEED, 2, 4, "magnitude", "group", input_size)
+    layer = ([1] * dims, [0] * dims, [1] * dims, False, 1)
+    result = op.PRUNED_INPUT_GRAD(grad_output, weight, *settings, *layer)
+    assert torch.equal(result, torch.zeros(input_size))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"n": 5}, "n: expected 1 <= n <= m = 4, got 5"),
+        ({"prune": "best"}, "prune: expected one of"),
+        ({"prune": "mvue", "seed": None}, "seed: expected one int64 .* got None"),
+        ({"groups": 8}, "groups: expected .* a multiple of m = 4"),
+        ({"groups": 2}, r"weight: expected one from 6 to 16 channels in 2 groups, got \(16, 6"),
+        ({"transposed": True}, r"weight: expected one from 6 to 16 .* transposed=True"),
+        ({"weight": torch.ones(16, 6, 3)}, r"weight: expected 4 sizes .* got \(16, 6, 3\)"),
+        ({"input_size": (2, 6, 25)}, r"input_size: expected 4 sizes .* got \(2, 6, 25\)"),
+        ({"stride": [1]}, r"stride: expected 2 sizes .* got \(1,\)"),
+        ({"padding": []}, r"padding: expected 2 sizes .* got \(\)"),
+        ({"dilation": [1, 1, 1]}, r"dilation: expected 2 sizes .* got \(1, 1, 1\)"),
+        ({"grad_output": torch.ones(2, 16, 1, 1, 1, 1)}, "grad_output: .* three dimensions"),
+    ],
+)
+def test_bad_arguments_are_refused(changes, words):
+    call, arguments = bad_call(changes)
+    with pytest.raises(ValueError, match=words):
+        call(**arguments)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, pytest.raises(ValueError, match=words):
+        call(**arguments | {"grad_output": mode.from_tensor(arguments["grad_output"])})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"input_size": (3, 6, 5, 5)},
+        {"input_size": (2, 6, 6, 5)},
+        {"input_size": (2, 6, 5, 4)},
+        {"stride": [1, 2]},
+        {"stride": [0, 1]},
+        {"padding": [1, 0]},
+        {"padding": [-1, 0]},
+        {"dilation": [1, 3]},
+        {"dilation": [1, 0]},
+    ],
+)
+def test_sizes_that_do_not_belong_together_are_refused(changes, dtype):
+    call, arguments = bad_call(changes)
+    arguments |= {name: arguments[name].to(dtype) for name in ("grad_output", "weight")}
+    with pytest.raises(ValueError, match=r"input_size: expected one that gives \(2, 16, 3, 3\)"):
+        call(**arguments)
+
+
+def test_sizes_of_a_transposed_layer_that_do_not_belong_together_are_refused():
+    case = make_case(6, 16, (3,), (5,), stride=2, transposed=True)
+    for size in (4, 6, 7):
+        with pytest.raises(ValueError, match="input_size: expected one that gives"):
+            op.PRUNED_INPUT_GRAD(*case.replace(input_size=(2, 6, size)).arguments())
+
+
+def bad_call(changes):
+    """Return the operator, and good arguments with changes."""
+    names = [argument.name for argument in op.PRUNED_INPUT_GRAD._schema.arguments]
+    good = make_case(6, 16, (3, 3), (5, 5)).arguments()
+    return op.PRUNED_INPUT_GRAD, dict(zip(names, good, strict=True)) | changes
