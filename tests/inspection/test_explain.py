@@ -5,6 +5,7 @@ import functools
 import gc
 import html
 import json
+import logging
 import random
 import re
 import resource
@@ -31,6 +32,7 @@ from sdgp_fx.inspection.explain import NO_GRADIENT, NOT_COMPILED, NOT_KNOWN, NOT
 from sdgp_fx.inspection.report import KEPT, SAVED
 from sdgp_fx.inspection.weights import OTHER_OPERATORS
 from sdgp_fx.measurement.networks import Uninitialized
+from sdgp_fx.passes.decisions import UNKNOWN
 
 BOTH = {"sdgp.targets": "conv,linear"}
 
@@ -161,7 +163,7 @@ def test_layers_that_the_backend_does_not_get_are_listed_as_such():
     reasons = {row.module: row.reason for row in rows}
     assert reasons == {
         "stem": "no input gradient",
-        "0": "",  # The module is in a variable: "0" is the backend's name for it.
+        "stage.0": "",
         "eager": NOT_COMPILED,
         "scaled": NOT_COMPILED,
         "eager_head": NOT_COMPILED,
@@ -169,7 +171,7 @@ def test_layers_that_the_backend_does_not_get_are_listed_as_such():
         "unused": NOT_RUN,
     }
     by_name = {row.module: row for row in rows}
-    assert {row.module for row in rows if row.compiled} == {"stem", "0", "frozen"}
+    assert {row.module for row in rows if row.compiled} == {"stem", "stage.0", "frozen"}
     count = 2 * 8 * 8 * 9 * 2 * 2
     assert dataclasses.astuple(by_name["eager"].multiply_adds) == (count, count, count, 0)
     assert by_name["eager"].grad_output_shape == (2, 8, 2, 2)
@@ -317,14 +319,21 @@ SCALE = torch.ones(8, 1, 1)
 )
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
 def test_models_that_are_compiled_are_explained(model):
-    rows = explain(model(), x_of(3))
-    eager = {"yes"} if model is Scripted else set()
-    assert sorted((row.module, row.decision) for row in rows) == [
-        ("first", "dense: no input gradient"),
-        *((name, "pruned") for name in ("last", "no")),
-        ("yes", f"dense: {NOT_COMPILED}" if eager else "pruned"),
-    ]
+    """They have a row for each layer, and are pruned where a compilation prunes."""
+    model = model()
+    rows = explain(model, x_of(3), options={"sdgp.inner": "aot_eager"})
+    names = [row.module for row in rows]
+    assert sorted(names) == ["first", "last", "no", "yes"]
     assert not rows.warnings
+    with sdgp_fx.capture() as captured:
+        compiled = torch.compile(model, backend="sdgp", options={"sdgp.inner": "aot_eager"})
+        compiled(x_of(3)).sum().backward()
+    decisions = [decision for graph in captured for decision in graph.decisions]
+    assert sum(row.compiled for row in rows) == len(decisions)
+    assert {row.reason for row in rows if not row.compiled} <= {NOT_COMPILED}
+    reasons = {row.module: row.reason for row in rows}
+    assert all(reasons[d.module] == d.reason for d in decisions if d.module != UNKNOWN)
+    assert sum(row.pruned for row in rows) == sum(d.pruned for d in decisions)
 
 
 def test_lazy_modules_are_explained_and_stay_lazy():
@@ -370,10 +379,15 @@ class Guessing(Asking):
         return self.last(x[..., : int(x.sum())].reshape(2, 8, 4, 4))
 
 
+@torch.compiler.disable
+def mean(x):
+    return float(x.detach().numpy().mean())
+
+
 class Converting(Asking):
     def forward(self, x):
         x = self.first(x)
-        return self.last(x * float(x.detach().numpy().mean()))
+        return self.last(x * mean(x))
 
 
 @pytest.mark.parametrize("model", [Guessing, Converting])
@@ -549,12 +563,21 @@ class Keeping(Halves):
         self.seen.append(output)
 
 
+@pytest.fixture
+def _no_logs():
+    """Log nothing: pytest keeps all that is logged, graphs included."""
+    logging.disable()
+    yield
+    logging.disable(logging.NOTSET)
+
+
 def fake_tensors():
     gc.collect()
     return [thing for thing in gc.get_objects() if issubclass(type(thing), FakeTensor)]
 
 
 @pytest.mark.parametrize("model", [Keeping, Conditional, Guessing, Asking])
+@pytest.mark.usefixtures("_no_logs")
 def test_no_tensor_without_values_is_left(model):
     model, before = model(), {id(tensor) for tensor in fake_tensors()}
     hooks = [dict(part._forward_hooks) for part in model.modules()]
