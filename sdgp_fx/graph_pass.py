@@ -138,9 +138,11 @@ class PruneInputGrads(CustomGraphPass):
 
         Tell them if it served what is compiled all the same.
         """
-        caches = {"enable_autograd_cache": False, "enable_remote_autograd_cache": False}
         runs = self.runs
-        with functorch_config.patch(caches) if observers.get() else nullcontext():
+        without_caches = functorch_config.patch(
+            enable_autograd_cache=False, enable_remote_autograd_cache=False
+        )
+        with without_caches if observers.get() else nullcontext():
             yield
         if self.runs == runs:
             for observer in observers.get():

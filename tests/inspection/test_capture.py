@@ -184,7 +184,7 @@ def test_caches(monkeypatch):
         assert (hits, misses, len(captured), captured.cached) == (0, 0, 1, 0)
         assert use(nullcontext())[:2] == (1, 0)
 
-        in_use = SimpleNamespace(patch=lambda _: nullcontext())
+        in_use = SimpleNamespace(patch=lambda **_: nullcontext())
         monkeypatch.setattr(graph_pass, "functorch_config", in_use)
         hits, misses, captured = use(sdgp_fx.capture())
         assert (hits, misses, len(captured), captured.cached) == (1, 0, 0, 1)
