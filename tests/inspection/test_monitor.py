@@ -300,7 +300,7 @@ def test_nothing_pruned_nothing_recorded(model):
 class Named(Net):
     scale = 2
 
-    def double(self):
+    def doubled(self):
         return self.scale * 2
 
 
@@ -320,7 +320,7 @@ def test_it_answers_what_a_compiled_module_does():
     assert monitor.train().training
     assert model.dropout.training
     assert monitor.first is model.first
-    assert monitor.double() == 4
+    assert monitor.doubled() == 4
     assert "first" in dir(monitor)
     monitor.scale = 3
     assert model.scale == 3
