@@ -630,7 +630,6 @@ struct Class {
   };
   int64_t remainder[3], count[3];  // The result's coordinate is remainder + spacing * k.
   std::vector<Tap> taps[3];
-  int64_t first_block;  // Of all blocks of a chunk.
 
   Class(const Problem& p, int64_t number) {
     for (int d = 2; d >= 0; d--) {
