@@ -422,4 +422,5 @@ def test_both_compilers_prune_in_branches(inner, sign):
         compiled(net, **{"sdgp.inner": inner})(x).square().sum().backward()
     (graph,) = captured
     assert [d.pruned for d in graph.decisions] == [False, True, True, False]
+    assert graph.diff(context=0).count("torch.ops.sdgp.prune_nm") == 2
     torch.testing.assert_close(net.stem.weight.grad, stem_gradient(net, x), rtol=1e-4, atol=1e-5)
