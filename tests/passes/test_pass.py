@@ -11,13 +11,8 @@ from sdgp_fx import SDGPConfig, capture
 from sdgp_fx.kernels import reference
 from sdgp_fx.kernels.op import CHANNEL_FACTOR, PRUNE_NM
 from sdgp_fx.passes import decisions as why
-<<<<<<< HEAD
-from sdgp_fx.passes.convolutions import CONVOLUTION_BACKWARD
-=======
 from sdgp_fx.passes.convolutions import CONVOLUTION_BACKWARD, find_convolutions
 from sdgp_fx.passes.decisions import decide
-from sdgp_fx.passes.module_names import module_name, module_roots
->>>>>>> backward
 from sdgp_fx.passes.prune_input_grads import prune_input_grads
 
 from ..helpers.graphs import (
