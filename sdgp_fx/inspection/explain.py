@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
@@ -13,7 +14,7 @@ from torch.nn.parameter import UninitializedParameter
 from ..backend import aot_eager
 from ..config import SDGPConfig
 from ..passes.convolutions import convolution_macs
-from ..passes.decisions import Decision
+from ..passes.decisions import UNKNOWN, Decision
 from ..passes.layers import plain_sizes
 from ..passes.linears import linear_macs
 from ..passes.module_names import module_names
@@ -91,14 +92,22 @@ def explain(
                 for holder in held[position]:
                     uses[holder].add(reason)
             decisions = prune_input_grads(graph, config, graph_names)
-            # The backward goes from the last layer to the first.
-            layers.extend(_decided(decision, config) for decision in reversed(decisions))
-            for decision in decisions:
+            # The backward goes from the last layer to the first; branches are in no order with it.
+            decisions.sort(key=lambda made: made.layer is None or made.layer.node.graph is graph)
+            for decision in reversed(decisions):
                 assert decision.layer is not None
-                reached.add(names.get(decision.module, decision.module))
-                for position in origins.get(decision.layer.weight, ()):
-                    for holder in held[position]:
-                        uses[holder].add(_IN_LAYER)
+                holders = [
+                    holder
+                    for position in origins.get(decision.layer.weight, ())
+                    for holder in held[position]
+                ]
+                for holder in holders:
+                    uses[holder].add(_IN_LAYER)
+                if decision.module == UNKNOWN and holders:
+                    module = ", ".join(sorted({holder.module for holder in holders}))
+                    decision = dataclasses.replace(decision, module=module)
+                reached.update(names.get(name, name) for name in decision.module.split(", "))
+                layers.append(_decided(decision, config))
 
         return aot_eager(rewrite, decompositions)(gm, example_inputs)
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
 
 from torch import fx
 from torch._ops import HigherOrderOperator
 
 # Why a weight that is an input of a graph is the weight of no layer in it.
 NO_GRADIENT = "no gradient flows through it"
-NESTED = "in a nested graph, as those of torch.cond, which is left as it is"
+NESTED = "not known, its weight is used in a nested graph, as those of torch.cond"
 OTHER_OPERATORS = "its weight is used by other operators than a layer's"
 
 Origins = Mapping[fx.Node, frozenset[int]]
@@ -27,15 +28,45 @@ def find_origins(graph: fx.Graph, held: Collection[int]) -> Origins:
         For each of these nodes the positions that it is computed from.
     """
     origins: dict[fx.Node, frozenset[int]] = {}
+    for node in graph.find_nodes(op="placeholder"):
+        position = _position(node.meta.get("desc"))
+        if position is not None and position in held:
+            origins[node] = frozenset({position})
+    _follow(graph, origins)
+    return origins
+
+
+def _follow(graph: fx.Graph, origins: dict[fx.Node, frozenset[int]]) -> None:
+    """Add to origins the nodes of graph, whose placeholders it has, and of the graphs in it."""
     for node in graph.nodes:
         inputs = node.all_input_nodes
-        if node.op == "placeholder":
-            position = _position(node.meta.get("desc"))
-            if position is not None and position in held:
-                origins[node] = frozenset({position})
-        elif node.op == "call_function" and inputs and all(i in origins for i in inputs):
+        if node.op == "call_function" and inputs and all(i in origins for i in inputs):
             origins[node] = frozenset().union(*(origins[i] for i in inputs))
-    return origins
+        for inner, operands in _nested(node):
+            for placeholder, operand in operands:
+                # Of a graph that is called twice, an input is one or the other.
+                found = origins.get(operand, frozenset()) | origins.get(placeholder, frozenset())
+                if found:
+                    origins[placeholder] = found
+            _follow(inner, origins)
+
+
+def _nested(node: fx.Node) -> Iterator[tuple[fx.Graph, list[tuple[fx.Node, fx.Node]]]]:
+    """Yield the graphs that node calls, each with its inputs and what node gives for them."""
+    if not isinstance(node.target, HigherOrderOperator):
+        return
+    operands: list[fx.Node] = []
+    fx.map_arg(node.args, operands.append)
+    names = [operand.target for operand in operands if operand.op == "get_attr"]
+    operands = [operand for operand in operands if operand.op != "get_attr"]
+    owner: Any = node.graph.owning_module
+    for name in names:
+        inner = getattr(owner, str(name), None)
+        if isinstance(inner, fx.GraphModule):
+            inputs = inner.graph.find_nodes(op="placeholder")
+            # A condition comes ahead of what a branch gets.
+            if len(inputs) <= len(operands):
+                yield inner.graph, list(zip(inputs, operands[-len(inputs) :], strict=True))
 
 
 def why_no_layer(graph: fx.Graph, origins: Origins) -> dict[int, str]:
@@ -50,6 +81,8 @@ def why_no_layer(graph: fx.Graph, origins: Origins) -> dict[int, str]:
     backward = _backward_nodes(graph)
     users: dict[int, set[fx.Node]] = defaultdict(set)
     for node, positions in origins.items():
+        if node.graph is not graph:
+            continue
         outside = {user for user in node.users if user not in origins and user.op != "output"}
         for position in positions:
             users[position] |= outside

@@ -1,12 +1,17 @@
 """Test the report of explain: what it counts, what it leaves alone, and how it is shown."""
 
 import dataclasses
+import functools
+import gc
 import html
 import json
+import logging
 import random
 import re
 import resource
 import sys
+import threading
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +22,7 @@ from rich.console import Console
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import sdgp_fx
@@ -24,7 +30,9 @@ from sdgp_fx import Explanation, explain
 from sdgp_fx.cli import main as command
 from sdgp_fx.inspection.explain import NO_GRADIENT, NOT_COMPILED, NOT_KNOWN, NOT_RUN
 from sdgp_fx.inspection.report import KEPT, SAVED
+from sdgp_fx.inspection.weights import OTHER_OPERATORS
 from sdgp_fx.measurement.networks import Uninitialized
+from sdgp_fx.passes.decisions import UNKNOWN
 
 BOTH = {"sdgp.targets": "conv,linear"}
 
@@ -155,7 +163,7 @@ def test_layers_that_the_backend_does_not_get_are_listed_as_such():
     reasons = {row.module: row.reason for row in rows}
     assert reasons == {
         "stem": "no input gradient",
-        "0": "",  # The module is in a variable: "0" is the backend's name for it.
+        "stage.0": "",
         "eager": NOT_COMPILED,
         "scaled": NOT_COMPILED,
         "eager_head": NOT_COMPILED,
@@ -163,7 +171,7 @@ def test_layers_that_the_backend_does_not_get_are_listed_as_such():
         "unused": NOT_RUN,
     }
     by_name = {row.module: row for row in rows}
-    assert {row.module for row in rows if row.compiled} == {"stem", "0", "frozen"}
+    assert {row.module for row in rows if row.compiled} == {"stem", "stage.0", "frozen"}
     count = 2 * 8 * 8 * 9 * 2 * 2
     assert dataclasses.astuple(by_name["eager"].multiply_adds) == (count, count, count, 0)
     assert by_name["eager"].grad_output_shape == (2, 8, 2, 2)
@@ -218,6 +226,241 @@ def test_sizes_that_depend_on_data(is_captured):
         assert any("could not follow" in warning for warning in rows.warnings)
     assert json.loads(json.dumps(rows.to_dict()))["layers"][0]["module"] == "first"
     assert "?" in str(rows) or not is_captured
+
+
+class Conditional(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1)
+        self.yes, self.no = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x):
+        x = self.first(x)
+        x = torch.cond(
+            x.sum() > 0, lambda x: self.yes(x).clone(), lambda x: self.no(x).clone(), (x,)
+        )
+        return self.last(x)
+
+
+@torch.compiler.nested_compile_region
+def region(layer, x):
+    return layer(x).relu()
+
+
+class Regions(Conditional):
+    def forward(self, x):
+        return self.last(self.no(region(self.yes, self.first(x))))
+
+
+@torch.library.custom_op("sdgp_tests::decay", mutates_args={"x"})
+def decay(x: torch.Tensor) -> None:
+    x.mul_(0.9)
+
+
+@decay.register_fake
+def _(x):
+    pass
+
+
+class Mutating(Conditional):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.ones(8))
+
+    def forward(self, x):
+        with torch.no_grad():
+            torch.ops.sdgp_tests.decay(self.mean)
+        x = self.first(x) * self.mean[:, None, None]
+        return self.last(self.no(self.yes(x)))
+
+
+class Length(Conditional):
+    """A length that is computed as a tensor; the kernel is larger than one that is guessed."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("extra", torch.tensor(1))
+
+    def forward(self, x):
+        x = self.first(x)
+        end = x.shape[-1] - self.extra
+        torch._dynamo.graph_break()
+        x = nn.functional.conv2d(x[..., :end], torch.ones(8, 8, 3, 3), padding=(1, 0))
+        return self.last(self.no(self.yes(x)))
+
+
+class Scripted(Conditional):
+    def __init__(self):
+        super().__init__()
+        self.yes = torch.jit.script(self.yes)
+
+    def forward(self, x):
+        return self.last(self.no(self.yes(self.first(x))))
+
+
+class Locked(Conditional):
+    """What can't be copied, and a tensor that is held in no list of the module's."""
+
+    def __init__(self):
+        super().__init__()
+        self.lock = threading.Lock()
+
+    def forward(self, x):
+        with self.lock:
+            x = self.first(x)
+        return self.last(self.no(self.yes(x * SCALE)))
+
+
+SCALE = torch.ones(8, 1, 1)
+
+
+@pytest.mark.parametrize(
+    "model", [Conditional, Regions, Mutating, Length, Scripted, Locked], ids=lambda m: m.__name__
+)
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+def test_models_that_are_compiled_are_explained(model):
+    """They have a row for each layer, and are pruned where a compilation prunes."""
+    model = model()
+    rows = explain(model, x_of(3), options={"sdgp.inner": "aot_eager"})
+    names = [row.module for row in rows]
+    assert sorted(names) == ["first", "last", "no", "yes"]
+    assert not rows.warnings
+    with sdgp_fx.capture() as captured:
+        compiled = torch.compile(model, backend="sdgp", options={"sdgp.inner": "aot_eager"})
+        compiled(x_of(3)).sum().backward()
+    decisions = [decision for graph in captured for decision in graph.decisions]
+    assert sum(row.compiled for row in rows) == len(decisions)
+    assert {row.reason for row in rows if not row.compiled} <= {NOT_COMPILED}
+    reasons = {row.module: row.reason for row in rows}
+    assert all(reasons[d.module] == d.reason for d in decisions if d.module != UNKNOWN)
+    assert sum(row.pruned for row in rows) == sum(d.pruned for d in decisions)
+
+
+def test_lazy_modules_are_explained_and_stay_lazy():
+    model = nn.Sequential(nn.LazyConv2d(8, 1), nn.LazyConv2d(8, 1), nn.LazyConv2d(8, 1))
+    rows = explain(model, x_of(3))
+    assert [row.pruned for row in rows] == [False, True, True]
+    assert rows[1].weight_shape == (8, 8, 1, 1)
+    assert all(isinstance(part, nn.LazyConv2d) for part in model)
+    assert all(map(nn.parameter.is_lazy, model.parameters()))
+
+
+@dataclasses.dataclass
+class Batch:
+    images: torch.Tensor
+    scales: list
+
+
+class Taking(Asking):
+    def forward(self, batch, *, shift, missing=None):
+        return self.last(self.first(batch.images * batch.scales[0])) + shift
+
+
+def test_tensors_in_objects_and_keywords():
+    batch = Batch(x_of(3), [torch.ones(2, 1, 1, 1)])
+    (first, last) = explain(Taking(), batch, shift=torch.ones(8, 4, 4), options={"sdgp.n": 1})
+    assert (first.input_shape, last.pruned) == ((2, 3, 4, 4), True)
+    assert type(batch.images) is type(batch.scales[0]) is torch.Tensor
+    with pytest.raises(TypeError, match="shift"):
+        explain(Taking(), batch)
+
+
+def test_inside_inference_mode():
+    with torch.inference_mode():
+        rows = explain(nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1)), x_of(3))
+        assert torch.is_inference_mode_enabled()
+    assert [row.pruned for row in rows] == [False, True]
+    assert any("inference mode" in warning for warning in rows.warnings)
+
+
+class Guessing(Asking):
+    def forward(self, x):
+        x = self.first(x)
+        return self.last(x[..., : int(x.sum())].reshape(2, 8, 4, 4))
+
+
+@torch.compiler.disable
+def mean(x):
+    return float(x.detach().numpy().mean())
+
+
+class Converting(Asking):
+    def forward(self, x):
+        x = self.first(x)
+        return self.last(x * mean(x))
+
+
+@pytest.mark.parametrize("model", [Guessing, Converting])
+def test_what_cannot_be_followed_is_not_blamed_on_the_model(model):
+    rows = explain(model(), x_of(3))
+    assert {row.module: row.reason for row in rows}["last"] == NOT_KNOWN
+    assert any("could not follow" in warning for warning in rows.warnings)
+
+
+# Weights that other modules use
+
+
+class Merging(nn.Module):
+    """RepVGG, merged in training."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.wide = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, padding=1)
+        self.narrow, self.linear = nn.Conv2d(8, 8, 1), nn.Linear(8, 8)
+        self.frozen = nn.Conv2d(3, 3, 1).requires_grad_(False)
+
+    def forward(self, x):
+        weight = self.wide.weight + nn.functional.pad(self.narrow.weight, (1,) * 4)
+        x = nn.functional.conv2d(self.first(self.frozen(x)), weight, padding=1)
+        x = nn.functional.linear(x.mean((2, 3)), self.linear.weight)
+        return x @ self.linear.weight.T
+
+
+def test_a_weight_that_another_module_uses_is_listed_once():
+    rows = explain(Merging(), x_of(3), options=BOTH)
+    decisions = [(row.kind, row.decision) for row in rows]
+    assert sorted(decisions) == [
+        ("conv", f"dense: {NO_GRADIENT}"),
+        ("conv", "dense: no input gradient"),
+        ("conv", "pruned"),
+        ("linear", "pruned"),
+    ]
+    assert {row.module: row.reason for row in rows}["frozen"] == NO_GRADIENT
+    (merged,) = (row for row in rows if row.weight_shape == (8, 8, 3, 3))
+    assert dataclasses.astuple(merged.multiply_adds)[0] == 2 * 8 * 8 * 9 * 4 * 4
+    assert not rows.warnings
+
+
+class Multiplying(Asking):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.last(self.first(x)).mean((2, 3)) @ self.linear.weight
+
+
+def test_a_weight_with_a_gradient_that_is_no_layers_is_not_said_to_have_none():
+    rows = explain(Multiplying(), x_of(3), options=BOTH)
+    assert {row.module: row.reason for row in rows}["linear"] == OTHER_OPERATORS
+
+
+@pytest.mark.parametrize("inner", ["inductor", "aot_eager"])
+def test_graphs_are_those_of_the_inner_compiler(inner):
+    """On a CPU, Inductor computes small products of one row without a matrix product."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    options = {"sdgp.targets": "linear", "sdgp.inner": inner}
+    rows = explain(model, torch.randn(1, 8), options=options)
+    torch.compile(model, backend="sdgp", options=options)
+    with sdgp_fx.capture() as captured, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        compiled = torch.compile(model, backend="sdgp", options=options)
+        compiled(torch.randn(1, 8)).sum().backward()
+    pruned = {decision.module for decision in captured[0].decisions if decision.pruned}
+    assert {row.module for row in rows if row.pruned} == pruned
+    assert pruned == ({"1"} if inner == "aot_eager" else set())
+    if inner == "inductor":
+        assert {row.reason for row in rows} == {OTHER_OPERATORS}
 
 
 def test_evaluation_mode_and_models_without_layers_are_warned_about():
@@ -297,6 +540,79 @@ def test_nothing_of_the_model_or_of_random_states_or_counters_changes():
     assert before[3]
     assert all(torch.equal(value, kept[name]) for name, value in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
+
+
+KEPT_GLOBALLY = []
+LATEST = None
+
+
+class Keeping(Halves):
+    """Model with hooks, and a method, that keep tensors outside of it."""
+
+    def __init__(self):
+        super().__init__()
+        kept, self.seen = {"outputs": []}, []
+        self.kept = lambda: kept
+        self.first.register_forward_hook(lambda *_, into=kept: into["outputs"].append(_[-1]))
+        self.first.register_forward_pre_hook(lambda _, args: KEPT_GLOBALLY.extend(args))
+        self.last.register_forward_hook(self.see)
+
+    def see(self, module, args, output):
+        global LATEST
+        LATEST = output
+        self.seen.append(output)
+
+
+@pytest.fixture
+def _no_logs():
+    """Log nothing: pytest keeps all that is logged, graphs included."""
+    logging.disable()
+    yield
+    logging.disable(logging.NOTSET)
+
+
+def fake_tensors():
+    gc.collect()
+    return [thing for thing in gc.get_objects() if issubclass(type(thing), FakeTensor)]
+
+
+@pytest.mark.parametrize("model", [Keeping, Conditional, Guessing, Asking])
+@pytest.mark.usefixtures("_no_logs")
+def test_no_tensor_without_values_is_left(model):
+    model, before = model(), {id(tensor) for tensor in fake_tensors()}
+    hooks = [dict(part._forward_hooks) for part in model.modules()]
+    rows = explain(model, x_of(3))
+    assert not [tensor for tensor in fake_tensors() if id(tensor) not in before]
+    assert not any("left in" in warning for warning in rows.warnings)
+    assert [dict(part._forward_hooks) for part in model.modules()] == hooks
+    if isinstance(model, Keeping):
+        assert model.kept() == {"outputs": []}
+        assert (model.seen, KEPT_GLOBALLY, LATEST) == ([], [], None)
+        model(x_of(3))
+        assert len(model.kept()["outputs"]) == len(model.seen) == len(KEPT_GLOBALLY) == 1
+        KEPT_GLOBALLY.clear()
+        globals()["LATEST"] = None
+
+
+@functools.lru_cache
+def cached(channels):
+    return torch.ones(channels, 1, 1)
+
+
+class Caching(Asking):
+    def forward(self, x):
+        return self.last(self.first(x) * eagerly(8))
+
+
+@torch.compiler.disable
+def eagerly(channels):
+    return cached(channels)
+
+
+def test_what_is_left_is_said():
+    rows = explain(Caching(), x_of(3))
+    assert any("1 tensors without values are left" in warning for warning in rows.warnings)
+    cached.cache_clear()
 
 
 def test_later_compilations_are_as_if_there_had_been_no_explaining():
