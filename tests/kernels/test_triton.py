@@ -142,12 +142,13 @@ def test_channel_factor_of_other_strides_and_sizes(device, nan_filled_empty):
 
 
 @needs_loops
-def test_a_channel_that_loses_nothing_has_factor_one(device):
-    """To the last bit: a sum may add up the programs' parts in an order of its own."""
-    x = torch.rand(32, 24, 1) + 1
-    x[:, torch.arange(24) % 4 > 1] = 0
+def test_no_channel_factor_is_below_one(device):
+    """Not even by rounding: the two sums may add up the programs' parts in different orders."""
+    x = torch.rand(32, 28, 1) + 1
+    x[:, torch.arange(28) % 4 > 1] = 0
     factor = triton_prune.channel_factor(x.to(device), 2, 4)
-    assert factor.tolist() == [1.0] * 24
+    assert (factor >= 1).all()
+    compare_factors(x.to(device), 2, 4)
 
 
 @pytest.mark.parametrize("shape", [(2, 8, 11), (1, 4, 1, 1), (2, 8, 3, 5, 2), (5, 4, 1), (7, 40)])
