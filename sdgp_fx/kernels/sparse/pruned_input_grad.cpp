@@ -547,6 +547,7 @@ void pack_weight(const Problem& p, const Plan& plan, const T* weight, float* sla
                 for (; i + LANES <= count; i += LANES) store(to + i, load(tap + i));
               }
               for (; i < count; i++) to[i] = number(tap[i * strides[2]]);
+              // Nobody reads their sums, but subnormal numbers would take time.
               for (; i < plan.width; i++) to[i] = 0;
               to += p.out_channels * plan.width;
             }
