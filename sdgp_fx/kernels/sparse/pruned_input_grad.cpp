@@ -405,7 +405,8 @@ struct Pruning {
       for (int i = 0; i < M; i++) key[i] = magnitude_key(x[i]);
     }
     // The sum of two does not depend on their order.
-    bool by_group = p.function == RESCALED_MAGNITUDE && p.scope == GROUP, mark = by_group && n() > 2;
+    bool by_group = p.function == RESCALED_MAGNITUDE && p.scope == GROUP;
+    bool mark = by_group && n() > 2;
     choose(x, key, Ints{} + place, width, mark, [&](int k, Floats kept, Ints found) {
       store(slots + k * 2 * LANES, kept);
       store(slots + k * 2 * LANES + LANES, found);
