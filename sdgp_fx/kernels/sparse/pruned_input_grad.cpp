@@ -406,7 +406,8 @@ struct Pruning {
       for (int i = 0; i < M; i++) key[i] = magnitude_key(x[i]);
     }
     // The sum of two does not depend on their order.
-    bool by_group = p.function == RESCALED_MAGNITUDE && p.scope == GROUP, mark = by_group && n() > 2;
+    bool by_group = p.function == RESCALED_MAGNITUDE && p.scope == GROUP;
+    bool mark = by_group && n() > 2;
     choose(x, key, Ints{} + place, width, mark, [&](int k, Floats kept, Ints found) {
       store(slots + k * 2 * LANES, kept);
       store(slots + k * 2 * LANES + LANES, found);
@@ -548,6 +549,7 @@ void pack_weight(const Problem& p, const Plan& plan, const T* weight, float* sla
                 for (; i + LANES <= count; i += LANES) store(to + i, load(tap + i));
               }
               for (; i < count; i++) to[i] = number(tap[i * strides[2]]);
+              // Nobody reads their sums, but subnormal numbers would take time.
               for (; i < plan.width; i++) to[i] = 0;
               to += p.out_channels * plan.width;
             }
