@@ -39,9 +39,16 @@ def record_statistics(graph: fx.Graph, key: str) -> None:
     if not pruned or graph.find_nodes(op="call_function", target=RECORD):
         return
     sums = [total for node in pruned for total in _sums(node)]
-    layers = json.dumps([node.meta[DECISION].module for node in pruned])
+    layers = json.dumps([_module(node) for node in pruned])
     add_call(RECORD, (sums, key, layers), None, _reader(pruned[-1]))
     graph.lint()
+
+
+def _module(pruned: fx.Node) -> str:
+    """Return the name of the layer whose gradient is pruned, or is a view of what is."""
+    while DECISION not in pruned.meta:
+        pruned = _reader(pruned)
+    return cast(str, pruned.meta[DECISION].module)
 
 
 def _sums(pruned: fx.Node) -> list[fx.Node]:

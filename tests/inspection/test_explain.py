@@ -155,7 +155,7 @@ def test_layers_that_the_backend_does_not_get_are_listed_as_such():
     reasons = {row.module: row.reason for row in rows}
     assert reasons == {
         "stem": "no input gradient",
-        "0": "",  # The module is in a variable: "0" is the backend's name for it.
+        "stage.0": "",
         "eager": NOT_COMPILED,
         "scaled": NOT_COMPILED,
         "eager_head": NOT_COMPILED,
@@ -163,7 +163,7 @@ def test_layers_that_the_backend_does_not_get_are_listed_as_such():
         "unused": NOT_RUN,
     }
     by_name = {row.module: row for row in rows}
-    assert {row.module for row in rows if row.compiled} == {"stem", "0", "frozen"}
+    assert {row.module for row in rows if row.compiled} == {"stem", "stage.0", "frozen"}
     count = 2 * 8 * 8 * 9 * 2 * 2
     assert dataclasses.astuple(by_name["eager"].multiply_adds) == (count, count, count, 0)
     assert by_name["eager"].grad_output_shape == (2, 8, 2, 2)
