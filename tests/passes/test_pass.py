@@ -431,7 +431,7 @@ def test_symbolic_groups_are_named():
     groups.meta["val"] = symbol = ShapeEnv().create_unbacked_symint()
     node.update_arg(9, groups)
     (layer,) = find_convolutions(gm.graph)
-    decision = decide(layer, "", SDGPConfig(), in_backward=True)
+    decision = decide(layer, [""], SDGPConfig(), in_backward=True)
     assert (decision.reason, decision.groups) == (why.GROUPS_NOT_STATIC, str(symbol))
 
 
