@@ -81,7 +81,7 @@ def suite(quick: bool, processes: int) -> list[Part]:
     prune |= {"functions": PRUNING_FUNCTIONS, "everything": False}
     step = {**images, **format_, "dtype": AUTO, "mode": "default", "compiles": 1}
     step |= {"n": 2, "m": 4, "prune": "rescaled_magnitude", "rescale": "group"}
-    step |= {"structure": "element", "layers": "all"}
+    step |= {"structure": "element", "layers": "all", "product": "auto"}
     step |= {"also": (), "cached": False, "cpu_time": False}
     step |= {"inner": "aot_eager" if quick else "inductor", "seconds": 20 * seconds}
     convolution = {**images, **dtype, **format_, "seconds": seconds}

@@ -220,7 +220,11 @@ def _report(graph: fx.Graph, decisions: list[Decision]) -> None:
 def _copy(graph: fx.Graph) -> fx.GraphModule:
     copied = fx.Graph()
     copied.output(copied.graph_copy(graph, {}))
-    return fx.GraphModule(graph.owning_module or nn.Module(), copied, "JointGraph")
+    gm = fx.GraphModule(graph.owning_module or nn.Module(), copied, "JointGraph")
+    for name, branch in gm.named_children():
+        if isinstance(branch, fx.GraphModule):
+            setattr(gm, name, _copy(branch.graph))
+    return gm
 
 
 def _trace(name: str, payload: Callable[[], str], encoding: str = "string") -> None:

@@ -270,7 +270,8 @@ def test_forward_is_untouched(model, x):
     assert torch.equal(torch.compile(model, backend="sdgp", options=EAGER)(x), expected)
 
 
-def test_gradients_taken_inside_the_compiled_function_are_pruned(model, x, rewritten):
+@pytest.mark.parametrize("gradients", ["backward", "all"])
+def test_gradients_taken_inside_the_compiled_function(model, x, rewritten, gradients):
     """There is no joint graph here: the backward is part of an inference graph."""
     parameters = {name: p.detach() for name, p in model.named_parameters()}
     buffers = {name: b.clone() for name, b in model.named_buffers()}
@@ -279,11 +280,13 @@ def test_gradients_taken_inside_the_compiled_function_are_pruned(model, x, rewri
         return torch.func.functional_call(model, (parameters, buffers), (x,)).square().sum()
 
     model.eval()
-    step = torch.compile(torch.func.grad(loss), backend="sdgp", options=EAGER)
-    pruned, dense = step(parameters, x), torch.func.grad(loss)(parameters, x)
-    assert sum(d.pruned for _, decisions in rewritten for d in decisions) == 2
-    assert torch.allclose(pruned["5.weight"], dense["5.weight"])
-    assert not torch.allclose(pruned["0.weight"], dense["0.weight"])
+    options = {**EAGER, "sdgp.gradients": gradients}
+    step = torch.compile(torch.func.grad(loss), backend="sdgp", options=options)
+    result, dense = step(parameters, x), torch.func.grad(loss)(parameters, x)
+    is_pruned = gradients == "all"
+    assert sum(d.pruned for _, decisions in rewritten for d in decisions) == 2 * is_pruned
+    assert torch.allclose(result["5.weight"], dense["5.weight"])
+    assert torch.allclose(result["0.weight"], dense["0.weight"]) != is_pruned
 
 
 @pytest.mark.parametrize(

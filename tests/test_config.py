@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from sdgp_fx import SDGPConfig
 from sdgp_fx.config import (
+    GRADIENTS,
     INNER_COMPILERS,
     LAYERS,
     PRUNING_FUNCTIONS,
@@ -23,7 +24,7 @@ def test_defaults_are_those_of_the_paper():
     assert (config.prune, config.rescale) == ("rescaled_magnitude", "group")
     assert (config.targets, config.inner) == (("conv",), "inductor")
     assert (config.structure, config.layers) == ("element", "all")
-    assert (config.include, config.exclude) == (("*",), ())
+    assert (config.include, config.exclude, config.gradients) == (("*",), (), "backward")
 
 
 def test_frozen_and_keyword_only():
@@ -71,6 +72,8 @@ def test_valid_patterns(n, m):
         ({"sdgp.targets": []}, "sdgp.targets", "'conv', 'linear', 'conv,linear'", "got []"),
         ({"sdgp.targets": True}, "sdgp.targets", "'conv', 'linear'", "got True"),
         ({"sdgp.targets": None}, "sdgp.targets", "'conv', 'linear'", "got None"),
+        ({"sdgp.gradients": "forward"}, "sdgp.gradients", "'backward', 'all'", "got 'forward'"),
+        ({"sdgp.gradients": None}, "sdgp.gradients", "'backward', 'all'", "got None"),
         ({"sdgp.inner": "eager"}, "sdgp.inner", "'inductor', 'aot_eager'", "got 'eager'"),
         ({"sdgp.exclude": 7}, "sdgp.exclude", "glob patterns", "got 7"),
         ({"sdgp.include": ["a", 1]}, "sdgp.include", "glob patterns", "got ['a', 1]"),
@@ -238,6 +241,7 @@ def test_repr_tells_configs_apart():
     assert repr(SDGPConfig()) != repr(SDGPConfig(n=1))
     assert repr(SDGPConfig()) != repr(SDGPConfig(structure="channel"))
     assert repr(SDGPConfig()) != repr(SDGPConfig(layers="profitable"))
+    assert repr(SDGPConfig()) != repr(SDGPConfig(gradients="all"))
     assert repr(SDGPConfig(exclude="a")) == repr(SDGPConfig(exclude=("a",)))
 
 
@@ -248,6 +252,7 @@ CHOICES = {
     "rescale": RESCALE_SCOPES,
     "structure": STRUCTURES,
     "layers": LAYERS,
+    "gradients": GRADIENTS,
     "inner": INNER_COMPILERS,
 }
 KINDS = (*TARGETS, "conv,linear", "linear, conv", ",conv,,")

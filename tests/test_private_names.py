@@ -36,6 +36,7 @@ PRIVATE = {
     "torch._dynamo": "reset",
     "torch._dynamo.backends.common": "aot_autograd",
     "torch._dynamo.backends.debugging": "boxed_nop",
+    "torch._dynamo.compiled_autograd": "in_compiled_autograd_region",
     "torch._dynamo.config": "patch recompile_limit",
     "torch._dynamo.convert_frame": "register_bytecode_hook",
     "torch._dynamo.device_interface.CudaInterface": (

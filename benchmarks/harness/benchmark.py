@@ -18,7 +18,7 @@ from .terminal import print_table
 AUTO = "auto"
 # Settings that become part of each workload, and those that become the config.
 _WORKLOAD = ("batch", "size", "dtype", "memory_format")
-_CONFIG = ("n", "m", "prune", "rescale", "structure", "layers")
+_CONFIG = ("n", "m", "prune", "rescale", "structure", "layers", "product")
 
 
 class Task(NamedTuple):

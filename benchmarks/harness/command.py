@@ -13,6 +13,7 @@ from sdgp_fx.arguments import OneLineParser, check_file, positive
 from sdgp_fx.config import (
     INNER_COMPILERS,
     LAYERS,
+    PRODUCTS,
     PRUNING_FUNCTIONS,
     RESCALE_SCOPES,
     STRUCTURES,
@@ -89,7 +90,7 @@ class Parser(OneLineParser):
         add("--memory-format", choices=formats, default=formats[0], help="(%(default)s)")
 
     def add_pruning(self) -> None:
-        """Add --n, --m, --prune, --rescale, --structure and --layers, of SDGPConfig."""
+        """Add --n, --m, --prune, --rescale, --structure, --layers and --product, of SDGPConfig."""
         add = self.add_argument
         add("--n", type=int, default=2, help="values kept of every m channels (%(default)s)")
         add("--m", type=int, default=4, help="channels in a group (%(default)s)")
@@ -98,6 +99,7 @@ class Parser(OneLineParser):
         add("--rescale", choices=RESCALE_SCOPES, default="group", help="(%(default)s)")
         add("--structure", choices=STRUCTURES, default=STRUCTURES[0], help="(%(default)s)")
         add("--layers", choices=LAYERS, default=LAYERS[0], help="(%(default)s)")
+        add("--product", choices=PRODUCTS, default=PRODUCTS[0], help="(%(default)s)")
 
     def add_inner(self) -> None:
         """Add --inner, of SDGPConfig."""

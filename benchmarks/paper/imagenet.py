@@ -126,7 +126,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         check_file("--out", args.out)
         options = {name: getattr(args, name) for name in OPTIONS}
-        setting = make_setting(None if args.dense else SDGPConfig(**options), args.dtype)
+        config = None if args.dense else SDGPConfig(**options, product=args.product)
+        setting = make_setting(config, args.dtype)
         process = join(command.find_device(args.device))
         report = train(recipe, setting, args.seed, args.root, args.workers, process, args.out)
     except ValueError as error:

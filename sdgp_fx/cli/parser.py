@@ -11,6 +11,7 @@ from ..arguments import PICTURES, OneLineParser, pattern, positive, refusing_val
 from ..config import (
     INNER_COMPILERS,
     LAYERS,
+    PRODUCTS,
     PRUNING_FUNCTIONS,
     RESCALE_SCOPES,
     STRUCTURES,
@@ -127,15 +128,26 @@ def _add_explain(commands: Any) -> None:
     add("--structure", default=STRUCTURES[0], metavar="NAME", help=structures)
     layers = "all that can be pruned, or those where it is expected to save time (%(default)s)"
     add("--layers", choices=LAYERS, default=LAYERS[0], help=layers)
+    products = "what multiplies pruned elements (%(default)s)"
+    add("--product", choices=PRODUCTS, default=PRODUCTS[0], help=products)
     add("--json", dest="as_json", action="store_true", help="print JSON instead of a table")
     pictures = f"draw the layers' multiply-adds, too; ends in {', '.join(PICTURES)}"
     add("--plot", type=Path, metavar="FILE", help=pictures)
 
 
 def _run_explain(
-    *, n: int, m: int, targets: str, structure: str, layers: str, **settings: Any
+    *,
+    n: int,
+    m: int,
+    targets: str,
+    structure: str,
+    layers: str,
+    product: str,
+    **settings: Any,
 ) -> None:
-    options = _checked(n=n, m=m, targets=targets, structure=structure, layers=layers)
+    options = _checked(
+        n=n, m=m, targets=targets, structure=structure, layers=layers, product=product
+    )
     from .explain import run
 
     run(options=options, **settings)

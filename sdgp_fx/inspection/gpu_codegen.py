@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import types
 from collections.abc import Callable, Iterator, Sequence
@@ -84,7 +85,10 @@ def generate(
             the code has been generated and in the graph's context (V.graph).
     """
     # The joint graph is made on the CPU, as autograd asks a GPU's driver for streams; it gets the
-    # order that one for a GPU has, and the layers that would be profitable there are pruned.
+    # order that one for a GPU has, and the layers that would be profitable there are pruned. Only a
+    # CPU has sparse products.
+    if config is not None:
+        config = dataclasses.replace(config, product="dense")
     rewrite = config and PruneInputGrads(config, dense_half_first=())
     options: dict[str, Any] = {"joint_custom_pre_pass": rewrite} if rewrite else {}
     mode = FakeTensorMode()

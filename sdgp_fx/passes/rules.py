@@ -11,7 +11,7 @@ from .module_names import ModuleNames, is_in
 
 def unmatched_patterns(config: SDGPConfig, names: ModuleNames) -> list[str]:
     """Say which patterns match no module that could be a layer, whatever graph that is in."""
-    if not names.is_complete:
+    if not config.has_rules or not names.is_complete:
         return []
     possible = (*names.layers, *names.others)
     return [

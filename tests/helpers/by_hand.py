@@ -76,6 +76,10 @@ def philox(seed, index, block):
     return counter
 
 
+# Seeds with which the uniform number of group 0 is the smallest, 0, and the largest, 2**24 - 1.
+SMALLEST_UNIFORM, LARGEST_UNIFORM = 12121362, 16390493
+
+
 def random(row, n, seed, index):
     """Keep the n positions with the largest words, of which 26 bits count."""
     words = [word >> 6 for block in range(len(row)) for word in philox(seed, index, block)]

@@ -21,6 +21,7 @@ from sdgp_fx.kernels import reference
 from sdgp_fx.kernels.op import STOCHASTIC
 
 from ..conftest import HAS_GPU
+from ..helpers import by_hand
 from ..helpers.generated import gpu_code, kernels
 
 PATTERNS = [(1, 2), (2, 4), (3, 4), (4, 8), (24, 32)]
@@ -154,6 +155,20 @@ def test_cpp_selection_of_neighbouring_and_equal_values(dtype):
     results = torch.compile(functools.partial(prune_all, prune_op))(fours, eights)
     for result, expected in zip(results, prune_all(reference_prune, fours, eights), strict=True):
         assert_same(result, expected)
+
+
+def test_cpp_mvue_at_the_ends_of_the_random_numbers():
+    """Where rounding could keep one more or less than n."""
+
+    def prune(x, seed):
+        return torch.ops.sdgp.prune_nm(x, seed, 3, 8, "mvue", "group", 1)
+
+    compiled = torch.compile(prune)
+    for number in (by_hand.SMALLEST_UNIFORM, by_hand.LARGEST_UNIFORM):
+        seed = torch.tensor([number])
+        for x in torch.randn(40, 8).exp():
+            x = x.view(1, 8, 1)
+            assert_same(compiled(x, seed), reference.prune_nm(x, seed, 3, 8, "mvue", "group"))
 
 
 def test_operations_grow_little_faster_than_the_group():

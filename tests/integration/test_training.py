@@ -346,10 +346,12 @@ def test_names_start_at_the_model_whatever_holds_it(holder, decided):
     assert dense == ["blocks.0.conv", "blocks.1.conv", "stem"]
 
 
-def test_compiled_autograd():
+@pytest.mark.parametrize("backend", ["aot_eager", "sdgp"])
+def test_compiled_autograd(backend):
     model, other = make(), make()
     run = compiled(model)
-    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager")):
+    options = OPTIONS if backend == "sdgp" else None
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend=backend, options=options)):
         train(model, run)
     train(other, defined(other))
     assert_same_parameters(model, other)
@@ -364,7 +366,8 @@ def test_functional_call_and_grad():
     def loss(parameters, x, y):
         return F.cross_entropy(torch.func.functional_call(model, (parameters, buffers), (x,)), y)
 
-    step = torch.compile(torch.func.grad(loss), backend="sdgp", options=OPTIONS)
+    options = {**OPTIONS, "sdgp.gradients": "all"}
+    step = torch.compile(torch.func.grad(loss), backend="sdgp", options=options)
     result = step(parameters, x, y)
     other = make().eval()
     F.cross_entropy(defined(other)(x), y).backward()

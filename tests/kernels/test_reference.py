@@ -120,13 +120,13 @@ def test_a_missing_seed_is_refused(prune):
 
 
 @pytest.mark.parametrize(("n", "m"), [(1, 2), (2, 4), (7, 8), (16, 32)])
-def test_mvue_never_keeps_more_than_n(n, m):
-    """The ends of the range of uniform numbers are where rounding could keep one more."""
+def test_mvue_keeps_n_or_all_that_are_not_zero(n, m):
+    """The ends of the range of uniform numbers are where rounding could keep one more or less."""
     values = torch.cat([torch.randn(500, m), torch.ones(4, m), torch.eye(m), torch.zeros(2, m)])
     values = torch.cat([values, torch.randn(500, m).exp() ** 8])
     for number in (0, 1, 2**23, 2**24 - 1):
         result = reference.mvue(values, torch.full((len(values),), number), n)
-        assert ((result != 0).sum(1) <= n).all()
+        assert torch.equal((result != 0).sum(1), (values != 0).sum(1).clamp(max=n))
         assert result.isfinite().all()
 
 
@@ -140,6 +140,12 @@ def test_philox_known_answer():
     """Check Random123's test vector for a zero key and a zero counter."""
     words = reference.philox(torch.tensor([0]), torch.tensor(0), 0)
     assert [int(w) for w in words] == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+
+
+def test_seeds_of_the_smallest_and_the_largest_uniform_number():
+    one = torch.Size([1])
+    for seed, number in ((by_hand.SMALLEST_UNIFORM, 0), (by_hand.LARGEST_UNIFORM, 2**24 - 1)):
+        assert reference.uniform(one, torch.tensor([seed])).tolist() == [number]
 
 
 def test_philox_uses_all_of_seed_index_and_block():

@@ -6,6 +6,7 @@ import torch
 from sdgp_fx.kernels import reference
 
 from ..conftest import HAS_GPU
+from ..helpers import by_hand
 
 pytest.importorskip("triton", reason="needs Triton")
 import triton
@@ -140,6 +141,16 @@ def test_channel_factor_of_other_strides_and_sizes(device, nan_filled_empty):
         compare_factors(layout(torch.randn(2, 72, 23, 29)).to(device), 2, 4)
 
 
+@needs_loops
+def test_no_channel_factor_is_below_one(device):
+    """Not even by rounding: the two sums may add up the programs' parts in different orders."""
+    x = torch.rand(32, 28, 1) + 1
+    x[:, torch.arange(28) % 4 > 1] = 0
+    factor = triton_prune.channel_factor(x.to(device), 2, 4)
+    assert (factor >= 1).all()
+    compare_factors(x.to(device), 2, 4)
+
+
 @pytest.mark.parametrize("shape", [(2, 8, 11), (1, 4, 1, 1), (2, 8, 3, 5, 2), (5, 4, 1), (7, 40)])
 @pytest.mark.parametrize("layout", [torch.Tensor.contiguous, as_channels_last])
 @pytest.mark.parametrize("rescale", SCOPES)
@@ -161,6 +172,26 @@ def test_random_numbers_of_every_program(prune, device, seed, nan_filled_empty):
     x = torch.randn(2, 8, 23, 29)
     compare(x.to(device), seed, 2, 4, prune, "group")
     compare(as_channels_last(x).to(device), seed, 2, 4, prune, "group")
+
+
+@pytest.mark.parametrize("number", [by_hand.SMALLEST_UNIFORM, by_hand.LARGEST_UNIFORM])
+def test_mvue_at_the_ends_of_the_random_numbers(number, device):
+    """Where rounding could keep one more or less than n."""
+    seed = torch.tensor([number], device=device)
+    for x in torch.randn(40, 1, 8, 1).exp():
+        compare(x.to(device), seed, 3, 8, "mvue", "group")
+
+
+@pytest.mark.parametrize("layout", [torch.Tensor.contiguous, as_channels_last])
+@pytest.mark.parametrize("rescale", SCOPES)
+def test_what_is_finite_stays_finite(layout, rescale, device, seed):
+    x = torch.tensor([[0.6, -0.6, 0.5, 0.5], [0.5, 0.5, 0.6, -0.6]]).T * 65504
+    x = x.half().view(1, 4, 2)
+    x = layout(x).to(device)
+    for prune in ("rescaled_magnitude", "mvue"):
+        result = triton_prune.prune_nm(x, seed, 2, 4, prune, rescale)
+        assert result[result != 0].abs().tolist() == [65504.0] * 4
+        compare(x, seed, 2, 4, prune, rescale)
 
 
 def test_other_strides_are_copied(device, nan_filled_empty):

@@ -1,12 +1,13 @@
 """Test linear layers in the joint graph: found by structure, and fed with the pruned gradient."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
 from torch import nn
 
-from sdgp_fx import SDGPConfig, explain
+from sdgp_fx import SDGPConfig, capture, explain
 from sdgp_fx.kernels import reference
 from sdgp_fx.kernels.op import PRUNE_NM
 from sdgp_fx.passes import decisions as why
@@ -194,6 +195,194 @@ def test_attention_is_projections_alone(need_weights, frozen):
     for pruned in prunes(gm):
         (input_grad,) = readers_of(pruned)
         assert input_grad.target is MM or frozen
+
+
+class Subclass(nn.MultiheadAttention):
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs)
+
+
+class Direct(nn.Module):
+    """Attention by torch.nn's function, with weights of its own, as attention pooling has it."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x, *_, need_weights):
+        biases = torch.cat([self.q.bias, self.k.bias, self.v.bias])
+        return nn.functional.multi_head_attention_forward(
+            *(x, x, x, 8, 2, None, biases, None, None, False, 0.0),
+            *(self.out.weight, self.out.bias),
+            use_separate_proj_weight=True,
+            q_proj_weight=self.q.weight,
+            k_proj_weight=self.k.weight,
+            v_proj_weight=self.v.weight,
+            need_weights=need_weights,
+        )
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("make", [Subclass, Direct])
+def test_projections_of_attention_in_any_form(make, need_weights):
+    attention = Direct() if make is Direct else make(8, 2)
+    stem = nn.Linear(8, 8)
+
+    def attend(x):
+        x = stem(x)
+        return attention(x, x, x, need_weights=need_weights)[0]
+
+    gm = joint_graph(attend, torch.randn(5, 3, 8))
+    decisions = prune_input_grads(gm.graph, LINEAR)
+    projections = [(8, 8)] * 4 if make is Direct else [(8, 8), (24, 8)]
+    assert sorted(d.weight_shape for d in decisions if d.pruned) == projections
+    assert [d.reason for d in decisions if not d.pruned] == [why.NO_INPUT_GRADIENT]
+    for pruned in prunes(gm):
+        (input_grad,) = readers_of(pruned)
+        assert input_grad.target is MM
+
+
+# Products of a matrix with itself
+
+
+def pruned_rows(gradient):
+    return reference.prune_nm(gradient, None, 2, 4, "rescaled_magnitude", "group")
+
+
+SELF_PRODUCTS = {
+    "rows": (lambda z: nn.functional.linear(z, z), (8, 12)),
+    "square": (lambda z: nn.functional.linear(z, z), (8, 8)),
+    "column-major": (lambda z: nn.functional.linear(z.t(), z.t()), (12, 8)),
+    "transposed weight": (lambda z: nn.functional.linear(z, z.t()), (8, 8)),
+    "transposed input": (lambda z: nn.functional.linear(z.t(), z), (8, 8)),
+    "normalized": (lambda z: nn.functional.linear(*[nn.functional.normalize(z)] * 2), (8, 12)),
+    "frozen weight": (lambda z: nn.functional.linear(z, z.detach()), (8, 8)),
+}
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("name", SELF_PRODUCTS)
+def test_of_a_product_with_itself_the_input_gradient_alone_is_pruned(name, inner, is_transposed):
+    """It reads grad_output as it is, and the weight gradient its transpose: by hand here.
+
+    Args:
+        is_transposed: The gradient comes to the layer as a transpose already.
+    """
+    function, shape = SELF_PRODUCTS[name]
+    z = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    size = shape[1] if name == "column-major" else shape[0]
+    factor = torch.randn(size, size, dtype=torch.float64)
+
+    class ByHand(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, weight):
+            ctx.save_for_backward(x, weight)
+            return x @ weight.t()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            x, weight = ctx.saved_tensors
+            return pruned_rows(gradient) @ weight, gradient.t() @ x
+
+    def loss(z):
+        y = function(z)
+        return ((y.t() if is_transposed else y) * factor).sum()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.functional, "linear", ByHand.apply)
+        (expected,) = torch.autograd.grad(loss(z), z)
+    options = {"sdgp.targets": "linear", "sdgp.inner": inner}
+    with capture() as captured:
+        compiled = torch.compile(loss, backend="sdgp", options=options)(z)
+        (result,) = torch.autograd.grad(compiled, z)
+    torch.testing.assert_close(result, expected)
+    assert [d.reason for d in captured[0].decisions] == [""]
+
+
+@pytest.mark.parametrize("rescale", ["group", "channel"])
+@pytest.mark.parametrize("structure", ["element", "channel"])
+def test_a_product_with_itself_is_rewritten_once(structure, rescale):
+    if structure == "channel" and rescale == "channel":
+        pytest.skip("whole channels have one scope")
+    config = SDGPConfig(targets="linear", structure=structure, rescale=rescale)
+    z = torch.randn(8, 8, requires_grad=True)
+    gm = joint_graph(lambda z: nn.functional.linear(z, z), z)
+    (decision,) = prune_input_grads(gm.graph, config)
+    assert decision.pruned
+    once = str(gm.graph)
+    assert prune_input_grads(gm.graph, config) == [decision]
+    assert str(gm.graph) == once
+
+
+def test_the_weight_gradient_of_a_product_with_itself_is_no_layer():
+    z = torch.randn(8, 8, requires_grad=True)
+    gm = joint_graph(lambda z: nn.functional.linear(z.detach(), z), z)
+    assert [d.pruned for d in prune_input_grads(gm.graph, LINEAR)] in ([], [False])
+    assert not prunes(gm)
+
+
+# Layers that run without a gradient
+
+
+class Distillation(nn.Module):
+    """A student of any depth, and a frozen teacher after it, which reads what an input names."""
+
+    def __init__(self, depth, reads_hidden):
+        super().__init__()
+        sizes = [8, *[16] * depth]
+        layers = [nn.Linear(*pair) for pair in itertools.pairwise(sizes)]
+        self.student = nn.Sequential(*layers)
+        self.reads_hidden = reads_hidden
+        width = 16 if reads_hidden and depth > 1 else 8
+        self.teacher = nn.Sequential(nn.Linear(width, 16), nn.Linear(16, 16))
+        self.teacher.requires_grad_(False)
+
+    def forward(self, x):
+        hidden = self.student[:-1](x)
+        student = self.student[-1](hidden)
+        with torch.no_grad():
+            teacher = self.teacher(hidden if self.reads_hidden else x)
+        return torch.mm(student, teacher.t()).sin()
+
+
+@pytest.mark.parametrize("structure", ["element", "channel"])
+@pytest.mark.parametrize("reads_hidden", [False, True])
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_what_runs_under_no_grad_after_a_layer_is_not_that_layer(depth, reads_hidden, structure):
+    gm = joint_graph(Distillation(depth, reads_hidden), torch.randn(4, 8))
+    config = SDGPConfig(targets="linear", structure=structure)
+    decisions = prune_input_grads(gm.graph, config)
+    expected = [(f"student.{i}", why.NO_INPUT_GRADIENT * (i == 0)) for i in reversed(range(depth))]
+    assert [(d.module, d.reason) for d in decisions] == expected
+    sizes = [8, *[16] * depth]
+    inputs = [d.layer.input.meta["val"].shape[1] for d in decisions]
+    assert inputs == sizes[-2::-1]
+    again = prune_input_grads(gm.graph, config)
+    assert again == decisions
+    assert [d.layer.input for d in again] == [d.layer.input for d in decisions]
+
+
+def test_a_complex_layer_is_dense():
+    net = nn.Sequential(*[nn.Linear(8, 8, dtype=torch.complex64) for _ in range(2)])
+    decisions, gm = decide(net, torch.randn(3, 8, dtype=torch.complex64), targets="linear")
+    assert [reason for *_, reason in decisions] == [why.DTYPE, why.NO_INPUT_GRADIENT]
+    assert not prunes(gm)
+
+
+def test_a_gradient_is_known_by_both_of_its_operands():
+    """Other products multiply by one of them, or by the input and by something else."""
+    layer = nn.Linear(8, 8, bias=False).requires_grad_(False)
+    other = nn.Parameter(torch.randn(8, 8))
+
+    def products(x):
+        return layer(x) + x @ other + other @ x
+
+    x = torch.randn(8, 8, requires_grad=True)
+    gm = joint_graph(products, x)
+    (decision,) = prune_input_grads(gm.graph, LINEAR)
+    assert decision.pruned
+    assert not decision.layer.has_weight_grad
 
 
 class Mixed(nn.Module):

@@ -5,12 +5,14 @@ import operator
 import pytest
 import torch
 from torch import fx, nn
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from sdgp_fx import SDGPConfig
+from sdgp_fx import SDGPConfig, capture
 from sdgp_fx.kernels import reference
 from sdgp_fx.kernels.op import CHANNEL_FACTOR, PRUNE_NM
 from sdgp_fx.passes import decisions as why
-from sdgp_fx.passes.convolutions import CONVOLUTION_BACKWARD
+from sdgp_fx.passes.convolutions import CONVOLUTION_BACKWARD, find_convolutions
+from sdgp_fx.passes.decisions import decide
 from sdgp_fx.passes.prune_input_grads import prune_input_grads
 
 from ..helpers.graphs import (
@@ -332,6 +334,105 @@ def test_dtypes(device, dtype, reason):
     (decision,) = prune_input_grads(graph, SDGPConfig())
     assert decision.reason == reason
     assert (outputs[0].args[0] is backward) == bool(reason)
+
+
+@pytest.mark.parametrize(
+    "make", [nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d], ids=lambda make: make.__name__
+)
+def test_a_complex_convolution_is_dense(make):
+    """It is three real ones, of its real part, its imaginary part and their sum."""
+    layer = make(8, 8, 3, dtype=torch.complex64)
+    shape = (2, 8, *[5] * (layer.weight.dim() - 2))
+    gm = joint_graph(layer, torch.randn(shape, dtype=torch.complex64, requires_grad=True))
+    before = gm.graph.python_code("self").src
+    decisions = prune_input_grads(gm.graph, SDGPConfig())
+    assert [d.reason for d in decisions] == [why.DTYPE] * 3
+    assert gm.graph.python_code("self").src == before
+
+
+class Sized(nn.Module):
+    """A convolution whose settings are arguments."""
+
+    def __init__(self, transposed=False):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 1)
+        self.weight = nn.Parameter(torch.randn(16, 8, 3, 3))
+        self.transposed = transposed
+
+    def forward(self, x, channels=None, groups=1, **settings):
+        x = self.stem(x)
+        if self.transposed:
+            return nn.functional.conv_transpose2d(x, self.weight[:8], **settings)
+        weight = self.weight[:channels, : 8 // groups]
+        return nn.functional.conv2d(x, weight, groups=groups, **settings)
+
+
+def gradients_of_stem(model, calls, options):
+    """Return the stem's gradient for every call of one model, compiled for symbolic sizes."""
+    torch._dynamo.reset()
+    backend = "aot_eager" if options is None else "sdgp"
+    run = torch.compile(model, backend=backend, options=options, dynamic=True)
+    results = []
+    for settings in calls:
+        model.zero_grad()
+        run(torch.ones(2, 3, 9, 9), **settings).sin().sum().backward()
+        results.append(model.stem.weight.grad.clone())
+    return results
+
+
+@pytest.mark.parametrize("structure", ["element", "channel"])
+@pytest.mark.parametrize(
+    ("calls", "reason"),
+    [
+        ([{"groups": 2}, {"groups": 4}], why.GROUPS_NOT_STATIC),
+        ([{"channels": 16}, {"channels": 12}, {"channels": 6}], why.NOT_STATIC),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:sdgp pruned nothing")
+def test_numbers_that_are_not_known_leave_a_layer_dense(calls, reason, structure):
+    model = Sized()
+    options = {"sdgp.inner": "aot_eager", "sdgp.structure": structure}
+    with capture() as captured:
+        results = gradients_of_stem(model, calls, options)
+    assert [g.decisions[0].reason for g in captured] == [reason] * len(captured)
+    dense = gradients_of_stem(model, calls, None)
+    for result, expected in zip(results, dense, strict=True):
+        assert torch.equal(result, expected)
+
+
+@pytest.mark.parametrize("layers", ["all", "profitable"])
+@pytest.mark.parametrize("structure", ["element", "channel"])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.filterwarnings("ignore:sdgp pruned nothing")
+def test_symbolic_strides_and_paddings_are_pruned_right(transposed, structure, layers):
+    """Each call is compared with a graph of its own, without symbols."""
+    model = Sized(transposed)
+    calls = [{"stride": 2, "padding": 1}, {"stride": 3, "padding": 2}]
+    options = {"sdgp.inner": "aot_eager", "sdgp.structure": structure, "sdgp.layers": layers}
+    with capture() as captured:
+        results = gradients_of_stem(model, calls, options)
+    pays = layers == "all"
+    assert [g.decisions[0].pruned for g in captured] == [pays] * len(captured)
+    for settings, result in zip(calls, results, strict=True):
+        torch._dynamo.reset()
+        model.zero_grad()
+        run = torch.compile(model, backend="sdgp", options=options, dynamic=False)
+        run(torch.ones(2, 3, 9, 9), **settings).sin().sum().backward()
+        torch.testing.assert_close(result, model.stem.weight.grad)
+
+
+def test_symbolic_groups_are_named():
+    gm = convolution_graph("conv2d")
+    (node,) = gm.graph.find_nodes(op="call_function", target=CONVOLUTION_BACKWARD)
+    (layer,) = find_convolutions(gm.graph)
+    assert (layer.groups, layer.channels) == (1, 16)
+    with gm.graph.inserting_before(next(iter(gm.graph.nodes))):
+        groups = gm.graph.placeholder("primals_9")
+    groups.meta["val"] = symbol = ShapeEnv().create_unbacked_symint()
+    node.update_arg(9, groups)
+    (layer,) = find_convolutions(gm.graph)
+    decision = decide(layer, [""], SDGPConfig(), in_backward=True)
+    assert (decision.reason, decision.groups) == (why.GROUPS_NOT_STATIC, str(symbol))
 
 
 @pytest.mark.parametrize("config", [SDGPConfig(n=4), SDGPConfig(m=32), SDGPConfig(include="no")])

@@ -171,6 +171,24 @@ constexpr int64_t SLAB_BYTES = 1 << 14;
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// A position of some samples with so much space.
+struct Position {
+  int64_t sample, at[3];
+
+  Position(int64_t index, const int64_t* size) {
+    for (int d = 2; d >= 0; d--) at[d] = index % size[d], index /= size[d];
+    sample = index;
+  }
+
+  void advance(const int64_t* size) {
+    for (int d = 2; d >= 0; d--) {
+      if (++at[d] < size[d]) return;
+      at[d] = 0;
+    }
+    sample++;
+  }
+};
+
 // Numbers that follow from a problem's shapes, and where things are in the workspace.
 struct Plan {
   int64_t space, channels, slots;      // Positions of a sample; channels and slots of a position.
@@ -185,17 +203,18 @@ struct Plan {
     slots = channels / p.m * p.n;
     taps = p.kernel[0] * p.kernel[1] * p.kernel[2];
 
-    // The fewest loads: a broadcast and the weights for each row, and rows are padded.
-    int64_t needed = ceil_div(p.in_channels, LANES), fewest = INT64_MAX;
+    // The fewest loads and stores: for each value kept its place, a broadcast and a row of weights,
+    // which is padded; for each slab the sums, which come and go.
+    int64_t needed = ceil_div(p.in_channels, LANES);
+    double fewest = 1e300;
     for (int64_t v = 1; v <= 12; v++) {
-      int64_t loads = ceil_div(needed, v) * (v + 1);
-      if (loads <= fewest) fewest = loads, vectors = v;
+      int64_t rows = std::max<int64_t>(SLAB_BYTES / (v * LANES * 4) / MAX_M, 1) * MAX_M;
+      double kept = double(std::min(rows, p.out_channels)) * p.n / p.m;
+      double moved = ceil_div(needed, v) * (v + 2 + (2 * v + 4) / kept);
+      if (moved <= fewest) fewest = moved, vectors = v, out_block = rows;
     }
     width = vectors * LANES;
     in_blocks = ceil_div(needed, vectors);
-    // A multiple of every m.
-    int64_t rows = SLAB_BYTES / (width * 4) / MAX_M * MAX_M;
-    out_block = std::clamp<int64_t>(rows, MAX_M, 256);
 
     tile_floats = slots * 2 * LANES;
     int64_t sample_bytes = std::max<int64_t>(1, slots * 8 * space);
@@ -227,16 +246,17 @@ struct Tile {
   int64_t first;  // Of all positions of the batch.
   bool adjacent;
 
-  Tile(const Problem& p, const Plan& plan, int64_t first, int64_t end) : p(p), first(first) {
+  Tile(const Problem& p, int64_t first, int64_t end) : p(p), first(first) {
     adjacent = true;
+    Position position(first, p.output_size);
     for (int lane = 0; lane < LANES; lane++) {
-      int64_t index = first + lane < end ? first + lane : first;
-      int64_t rest = index % plan.space, at[3];
-      for (int d = 2; d >= 0; d--) at[d] = rest % p.output_size[d], rest /= p.output_size[d];
-      sample[lane] = index / plan.space;
-      offset[lane] = sample[lane] * p.grad_strides[0];
-      for (int d = 0; d < 3; d++) offset[lane] += at[d] * p.grad_strides[2 + d];
+      bool exists = first + lane < end;
+      sample[lane] = exists ? position.sample : sample[0];
+      offset[lane] = position.sample * p.grad_strides[0];
+      for (int d = 0; d < 3; d++) offset[lane] += position.at[d] * p.grad_strides[2 + d];
+      offset[lane] = exists ? offset[lane] : offset[0];
       adjacent &= offset[lane] == offset[0] + lane;
+      position.advance(p.output_size);
     }
   }
 
@@ -327,17 +347,39 @@ inline void mvue(int n, Words random, Floats* value, Ints* key) {
   }
 }
 
-// A problem's pruning function, for groups of M channels.
+// Draw keys, and for MVUE new values, for a group of LANES positions, whose numbers are first,
+// first + step, ... Apart, since it needs the registers that the other functions do without.
 template <int M>
+__attribute__((noinline)) void draw(const Problem& p, int64_t first, int64_t step, Floats* x,
+                                    Ints* key) {
+  Longs index;
+  for (int lane = 0; lane < LANES; lane++) index[lane] = first + lane * step;
+  Words word[4];
+  if (p.function == MVUE) {
+    philox(p.seed, index, 0, word);
+    mvue<M>(p.n, word[0], x, key);
+    return;
+  }
+  for (int i = 0; i < M; i++) {
+    if (i % 4 == 0) philox(p.seed, index, i / 4, word);
+    key[i] = (Ints)(word[i % 4] >> 6);
+  }
+}
+
+// A problem's pruning function, for groups of M channels of which N are kept; any number if 0.
+template <int M, int N>
 struct Pruning {
   const Problem& p;
   int64_t groups;        // Of a position.
   const float* factors;  // Of the wider scopes, (samples, channels).
 
-  // Mark the n largest keys, of equal ones the first, and return each with its value and place.
+  int n() const { return N ? N : p.n; }
+
+  // Find the n largest keys, of equal ones the first, each with its value and place. They are
+  // marked by making them -1; the last one only if all marks are wanted.
   template <typename Keep>
-  void choose(const Floats* value, Ints* key, Ints place, int width, Keep keep) const {
-    for (int k = 0; k < p.n; k++) {
+  void choose(const Floats* value, Ints* key, Ints place, int width, bool mark, Keep keep) const {
+    for (int k = 0; k < n(); k++) {
       Ints largest = key[0], found = place, at = place;
       Floats kept = value[0];
       for (int i = 1; i < M; i++) {
@@ -347,65 +389,54 @@ struct Pruning {
         kept = larger ? value[i] : kept;
         found = larger ? at : found;
       }
+      keep(k, kept, found);
+      if (k + 1 == n() && !mark) return;
       at = place;
       for (int i = 0; i < M; i++, at += width) key[i] |= found == at;  // -1, below every key.
-      keep(k, kept, found);
     }
   }
 
   // Fill the n slots of a group.
-  void pack(const Floats* x, const Tile& tile, int64_t channel, int place, int width,
+  void pack(Floats* x, const Tile& tile, int64_t channel, int place, int width,
             float* slots) const {
-    Floats value[M];
     Ints key[M];
-    std::copy(x, x + M, value);
     if (p.function == RANDOM || p.function == MVUE) {
-      Longs index;
-      for (int lane = 0; lane < LANES; lane++) {
-        index[lane] = (tile.first + lane) * groups + channel / M;
-      }
-      Words word[4];
-      if (p.function == MVUE) {
-        philox(p.seed, index, 0, word);
-        mvue<M>(p.n, word[0], value, key);
-      } else {
-        for (int i = 0; i < M; i++) {
-          if (i % 4 == 0) philox(p.seed, index, i / 4, word);
-          key[i] = (Ints)(word[i % 4] >> 6);
-        }
-      }
+      draw<M>(p, tile.first * groups + channel / M, groups, x, key);
     } else {
       for (int i = 0; i < M; i++) key[i] = magnitude_key(x[i]);
     }
-    choose(value, key, Ints{} + place, width, [&](int k, Floats kept, Ints found) {
+    // The sum of two does not depend on their order.
+    bool by_group = p.function == RESCALED_MAGNITUDE && p.scope == GROUP;
+    bool mark = by_group && n() > 2;
+    choose(x, key, Ints{} + place, width, mark, [&](int k, Floats kept, Ints found) {
       store(slots + k * 2 * LANES, kept);
       store(slots + k * 2 * LANES + LANES, found);
     });
-    if (p.function == RESCALED_MAGNITUDE) {
-      if (p.scope == GROUP) {
-        Floats total = absolute(x[0]), kept = (Floats)((Ints)total & key[0] >> 31);
-        for (int i = 1; i < M; i++) {
-          total += absolute(x[i]);
-          kept += (Floats)((Ints)absolute(x[i]) & key[i] >> 31);
-        }
-        Floats factor = total / kept;
-        factor = is_finite(factor) ? factor : Floats{} + 1;
-        for (int k = 0; k < p.n; k++) scale(slots + k * 2 * LANES, factor);
+    if (by_group) {
+      Floats total = absolute(x[0]), kept{};
+      for (int i = 1; i < M; i++) total += absolute(x[i]);
+      if (mark) {
+        for (int i = 0; i < M; i++) kept += (Floats)((Ints)absolute(x[i]) & key[i] >> 31);
       } else {
-        for (int k = 0; k < p.n; k++) {
-          Floats factor;
-          for (int lane = 0; lane < LANES; lane++) {
-            int32_t found;
-            std::memcpy(&found, slots + (k * 2 + 1) * LANES + lane, sizeof found);
-            int64_t c = channel + (found - place) / width;
-            factor[lane] = factors[tile.sample[lane] * groups * M + c];
-          }
-          scale(slots + k * 2 * LANES, factor);
+        for (int k = 0; k < n(); k++) kept += absolute(load(slots + k * 2 * LANES));
+      }
+      Floats factor = total / kept;
+      factor = is_finite(factor) ? factor : Floats{} + 1;
+      for (int k = 0; k < n(); k++) scale(slots + k * 2 * LANES, factor);
+    } else if (p.function == RESCALED_MAGNITUDE) {
+      for (int k = 0; k < n(); k++) {
+        Floats factor;
+        for (int lane = 0; lane < LANES; lane++) {
+          int32_t found;
+          std::memcpy(&found, slots + (k * 2 + 1) * LANES + lane, sizeof found);
+          int64_t c = channel + (found - place) / width;
+          factor[lane] = factors[tile.sample[lane] * groups * M + c];
         }
+        scale(slots + k * 2 * LANES, factor);
       }
     }
     if (p.is_bfloat16 && p.function != RANDOM && p.function != MAGNITUDE) {
-      for (int k = 0; k < p.n; k++) {
+      for (int k = 0; k < n(); k++) {
         store(slots + k * 2 * LANES, round_to_bfloat16(load(slots + k * 2 * LANES)));
       }
     }
@@ -417,7 +448,7 @@ struct Pruning {
   void add(const Floats* x, Doubles* total, Doubles* kept) const {
     Ints key[M];
     for (int i = 0; i < M; i++) key[i] = magnitude_key(x[i]);
-    choose(x, key, Ints{}, 1, [](int, Floats, Ints) {});
+    choose(x, key, Ints{}, 1, true, [](int, Floats, Ints) {});
     for (int i = 0; i < M; i++) {
       Ints size = (Ints)absolute(x[i]);
       total[i] += __builtin_convertvector((Floats)size, Doubles);
@@ -429,32 +460,35 @@ struct Pruning {
 constexpr int64_t STEP = 32;  // Channels that are read at once: a multiple of every m and LANES.
 
 // Prune and pack a tile.
-template <int M>
+template <int M, int N>
 void pack_tile(const Problem& p, const Plan& plan, const float* factors, int64_t first,
                int64_t end, float* slots) {
-  Pruning<M> pruning{p, plan.channels / M, factors};
-  Tile tile(p, plan, first, end);
+  Pruning<M, N> pruning{p, plan.channels / M, factors};
+  Tile tile(p, first, end);
   Floats x[STEP];
+  int64_t of_group = 0, row = 0;  // Channels of the convolution's group, and of the slab.
   for (int64_t begin = 0; begin < plan.channels; begin += STEP) {
     int64_t count = std::min(STEP, plan.channels - begin);
     tile.read(begin, count, x);
     for (int64_t i = 0; i < count; i += M) {
-      int64_t row = (begin + i) % p.out_channels % plan.out_block;
       pruning.pack(x + i, tile, begin + i, row * plan.width, plan.width, slots);
-      slots += p.n * 2 * LANES;
+      slots += pruning.n() * 2 * LANES;
+      of_group += M, row += M;
+      if (of_group == p.out_channels) of_group = row = 0;
+      if (row == plan.out_block) row = 0;
     }
   }
 }
 
 // Sum |x| and the kept |x| of some channels over the space of a sample: sums (channels, 2).
-template <int M>
+template <int M, int N>
 void sum_sample(const Problem& p, const Plan& plan, int64_t sample, int64_t channel, double* sums) {
-  Pruning<M> pruning{p, plan.channels / M, nullptr};
+  Pruning<M, N> pruning{p, plan.channels / M, nullptr};
   int64_t count = std::min(STEP, plan.channels - channel), end = (sample + 1) * plan.space;
   Floats x[STEP];
   Doubles total[STEP] = {}, kept[STEP] = {};
   for (int64_t first = sample * plan.space; first < end; first += LANES) {
-    Tile(p, plan, first, end).read(channel, count, x);
+    Tile(p, first, end).read(channel, count, x);
     for (int64_t lane = end - first; lane < LANES; lane++) {
       for (int64_t c = 0; c < count; c++) x[c][lane] = 0;
     }
@@ -515,6 +549,7 @@ void pack_weight(const Problem& p, const Plan& plan, const T* weight, float* sla
                 for (; i + LANES <= count; i += LANES) store(to + i, load(tap + i));
               }
               for (; i < count; i++) to[i] = number(tap[i * strides[2]]);
+              // Nobody reads their sums, but subnormal numbers would take time.
               for (; i < plan.width; i++) to[i] = 0;
               to += p.out_channels * plan.width;
             }
@@ -546,6 +581,7 @@ inline void multiply(const Pair* pairs, int64_t slot, int64_t kept, const float*
 #pragma GCC unroll 12
     for (int v = 0; v < VECTORS; v++) sum[r][v] = load(accumulator[r] + v * LANES);
   }
+#pragma GCC unroll 8
   for (int64_t k = 0; k < kept; k++) {
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; r++) {
@@ -567,15 +603,23 @@ inline void multiply(const Pair* pairs, int64_t slot, int64_t kept, const float*
 }
 
 template <int VECTORS>
-void multiply_all(const Pair* pairs, int count, int64_t slot, int64_t kept, const float* slab) {
+void multiply_all(const Pair* pairs, int count, int64_t slot, int64_t kept, const float* slab,
+                  int64_t slab_floats) {
   // As many as registers hold, and no more than hide how long a multiply-add takes.
   constexpr int ROWS = std::clamp((REGISTERS == 32 ? 24 : 12) / VECTORS, 1, 4);
+  // The next slab follows in memory. Fetch it on the way, a part with every step.
+  const float* next = slab + slab_floats;
+  int64_t part = ceil_div(ceil_div(slab_floats * ROWS, std::max(count, 1)), 16) * 16;
   int i = 0;
-  for (; i + ROWS <= count; i += ROWS) multiply<VECTORS, ROWS>(pairs + i, slot, kept, slab);
+  for (; i + ROWS <= count; i += ROWS) {
+    for (int64_t f = 0; f < part; f += 16) __builtin_prefetch(next + f);
+    next += part;
+    multiply<VECTORS, ROWS>(pairs + i, slot, kept, slab);
+  }
   for (; i < count; i++) multiply<VECTORS, 1>(pairs + i, slot, kept, slab);
 }
 
-using MultiplyAll = void (*)(const Pair*, int, int64_t, int64_t, const float*);
+using MultiplyAll = void (*)(const Pair*, int, int64_t, int64_t, const float*, int64_t);
 constexpr MultiplyAll MULTIPLY_ALL[] = {
     nullptr,         multiply_all<1>, multiply_all<2>,  multiply_all<3>,  multiply_all<4>,
     multiply_all<5>, multiply_all<6>, multiply_all<7>,  multiply_all<8>,  multiply_all<9>,
@@ -588,7 +632,6 @@ struct Class {
   };
   int64_t remainder[3], count[3];  // The result's coordinate is remainder + spacing * k.
   std::vector<Tap> taps[3];
-  int64_t first_block;  // Of all blocks of a chunk.
 
   Class(const Problem& p, int64_t number) {
     for (int d = 2; d >= 0; d--) {
@@ -651,26 +694,29 @@ void multiply_block(const Problem& p, const Plan& plan, const Class& of, int64_t
   int count = std::min<int64_t>(BLOCK, samples * of.size() - first);
   int64_t coordinate[3][BLOCK], source[BLOCK];
   int64_t to[BLOCK];
+  Position position(first, of.count);
   for (int i = 0; i < count; i++) {
-    int64_t rest = first + i, sample, at[3];
-    for (int d = 2; d >= 0; d--) at[d] = rest % of.count[d], rest /= of.count[d];
-    sample = rest;
-    to[i] = (first_sample + sample) * p.result_strides[0] +
+    to[i] = (first_sample + position.sample) * p.result_strides[0] +
             (group * p.in_channels + in_block * plan.width) * p.result_strides[1];
-    source[i] = sample;
+    source[i] = position.sample;
     for (int d = 0; d < 3; d++) {
       int64_t spacing = p.transposed ? 1 : p.stride[d], step = p.transposed ? p.stride[d] : 1;
-      coordinate[d][i] = step * at[d];
+      coordinate[d][i] = step * position.at[d];
       source[i] = source[i] * p.output_size[d] + coordinate[d][i];
-      to[i] += (of.remainder[d] + spacing * at[d]) * p.result_strides[2 + d];
+      to[i] += (of.remainder[d] + spacing * position.at[d]) * p.result_strides[2 + d];
     }
+    position.advance(of.count);
   }
   std::memset(accumulators, 0, count * plan.width * 4);
 
   slabs += (group * plan.in_blocks + in_block) * plan.taps * p.out_channels * plan.width;
   int64_t first_slot = group * p.out_channels / p.m * p.n;
+  // Copies, which no write to memory changes.
+  const uint64_t bound[3] = {uint64_t(p.output_size[0]), uint64_t(p.output_size[1]),
+                              uint64_t(p.output_size[2])};
+  const uint64_t tile_floats = plan.tile_floats, width = plan.width;
   auto is_inside = [&](int d, int i, int64_t shift) {
-    return uint64_t(coordinate[d][i] + shift) < uint64_t(p.output_size[d]);
+    return uint64_t(coordinate[d][i] + shift) < bound[d];
   };
   int planes[BLOCK], rows[BLOCK];
   Pair pairs[BLOCK];
@@ -691,10 +737,10 @@ void multiply_block(const Problem& p, const Plan& plan, const Class& of, int64_t
         int64_t shift = (shift_0 * p.output_size[1] + shift_1) * p.output_size[2] + shift_2;
         for (int j = 0; j < in_row; j++) {
           int i = rows[j];
-          int64_t position = source[i] + shift;
-          pairs[reached].slots =
-              packed + position / LANES * plan.tile_floats + position % LANES;
-          pairs[reached].accumulator = accumulators + i * plan.width;
+          // Anything if it is not inside, and then not kept.
+          uint64_t from = source[i] + shift;
+          pairs[reached].slots = packed + from / LANES * tile_floats + from % LANES;
+          pairs[reached].accumulator = accumulators + i * width;
           reached += is_inside(2, i, shift_2);
         }
         int64_t tap = (index_0 * p.kernel[1] + index_1) * p.kernel[2] + index_2;
@@ -702,7 +748,8 @@ void multiply_block(const Problem& p, const Plan& plan, const Class& of, int64_t
           int64_t channels = std::min(plan.out_block, p.out_channels - out);
           MULTIPLY_ALL[plan.vectors](pairs, reached, first_slot + out / p.m * p.n,
                                      channels / p.m * p.n,
-                                     slabs + (tap * p.out_channels + out) * plan.width);
+                                     slabs + (tap * p.out_channels + out) * plan.width,
+                                     channels * plan.width);
         }
       }
     }
@@ -711,26 +758,33 @@ void multiply_block(const Problem& p, const Plan& plan, const Class& of, int64_t
   write(p, to, count, channels, accumulators, plan.width);
 }
 
-// What depends on m.
+// What depends on n and m.
 struct Packing {
-  decltype(&pack_tile<1>) pack_tile;
-  decltype(&sum_sample<1>) sum_sample;
+  decltype(&pack_tile<1, 1>) pack_tile;
+  decltype(&sum_sample<1, 1>) sum_sample;
 };
 
-Packing packing(int64_t m) {
+template <int M>
+Packing packing(int64_t n) {
+  if (n == 1) return {pack_tile<M, 1>, sum_sample<M, 0>};
+  if (n == 2) return {pack_tile<M, 2>, sum_sample<M, 0>};
+  return {pack_tile<M, 0>, sum_sample<M, 0>};
+}
+
+Packing packing(int64_t n, int64_t m) {
   switch (m) {
-    case 1: return {pack_tile<1>, sum_sample<1>};
-    case 2: return {pack_tile<2>, sum_sample<2>};
-    case 4: return {pack_tile<4>, sum_sample<4>};
-    case 8: return {pack_tile<8>, sum_sample<8>};
-    case 16: return {pack_tile<16>, sum_sample<16>};
-    default: return {pack_tile<32>, sum_sample<32>};
+    case 1: return {pack_tile<1, 1>, sum_sample<1, 1>};
+    case 2: return packing<2>(n);
+    case 4: return packing<4>(n);
+    case 8: return packing<8>(n);
+    case 16: return packing<16>(n);
+    default: return packing<32>(n);
   }
 }
 
 void run(const Problem& p, char* workspace) {
   const Plan plan(p);
-  const Packing of_m = packing(p.m);
+  const Packing of_m = packing(p.n, p.m);
   float* packed = reinterpret_cast<float*>(workspace + plan.packed);
   float* slabs = reinterpret_cast<float*>(workspace + plan.slabs);
   float* accumulators = reinterpret_cast<float*>(workspace + plan.accumulators);

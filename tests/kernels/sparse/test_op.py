@@ -117,6 +117,10 @@ def test_zero_sized(grad_shape, weight_shape, input_size, last, nan_filled_empty
         ({"groups": 8}, "groups: expected .* a multiple of m = 4"),
         ({"groups": 2}, r"weight: expected one from 6 to 16 channels in 2 groups, got \(16, 6"),
         ({"transposed": True}, r"weight: expected one from 6 to 16 .* transposed=True"),
+        (
+            {"weight": torch.ones(6, 4, 3, 3), "transposed": True, "groups": 4},
+            "groups: expected a divisor of the weight's 6 channels, got 4",
+        ),
         ({"weight": torch.ones(16, 6, 3)}, r"weight: expected 4 sizes .* got \(16, 6, 3\)"),
         ({"input_size": (2, 6, 25)}, r"input_size: expected 4 sizes .* got \(2, 6, 25\)"),
         ({"stride": [1]}, r"stride: expected 2 sizes .* got \(1,\)"),
