@@ -33,7 +33,8 @@ PRIVATE = {
     "torch._C._ConvBackend": "Cudnn",
     "torch._C._dynamo.eval_frame": "_debug_get_cache_entry_list reset_code",
     "torch._C._nn": "linear",
-    "torch._dynamo": "reset",
+    "torch._decomp.decompositions_for_rng.PhiloxStateTracker": "reset",
+    "torch._dynamo": "OptimizedModule reset",
     "torch._dynamo.backends.common": "aot_autograd",
     "torch._dynamo.backends.debugging": "boxed_nop",
     "torch._dynamo.compiled_autograd": "in_compiled_autograd_region",
@@ -44,8 +45,10 @@ PRIVATE = {
     ),
     "torch._dynamo.device_interface.CudaInterface.Worker": "current_device get_device_properties",
     "torch._dynamo.eval_frame": "OptimizeContext OptimizedModule",
+    "torch._dynamo.eval_frame.cached_backends": "clear update",
     "torch._dynamo.exc.ShortenTraceback": "__init__",
     "torch._dynamo.symbolic_convert.InstructionTranslator": "current_tx",
+    "torch._dynamo.utils": "get_metrics_context",
     "torch._dynamo.utils.counters": "clear update",
     "torch._functorch._aot_autograd.descriptors": "PlainAOTInput",
     "torch._functorch.config": (
@@ -78,21 +81,22 @@ PRIVATE = {
     ),
     "torch._inductor.scheduler.SchedulerNode": "recompute_size_and_body",
     "torch._inductor.utils": "fresh_cache",
-    "torch._inductor.virtualized.ops": (
-        "abs add bitwise_and bitwise_or bitwise_right_shift bitwise_xor constant eq ge gt identity "
-        "index_expr logical_and logical_or lt minimum mul neg reduction store sub to_dtype "
-        "to_dtype_bitcast truediv where"
-    ),
     "torch._inductor.virtualized.V": "current_node set_ops_handler",
     "torch._inductor.virtualized.V.graph": (
         "additional_buffer_deps env name_to_users register_buffer register_operation"
     ),
     "torch._inductor.virtualized.V.graph.no_fuse_buffer_names": "add",
     "torch._inductor.virtualized.V.graph.sizevars": "shape_env statically_known_equals",
+    "torch._inductor.virtualized.ops": (
+        "abs add bitwise_and bitwise_or bitwise_right_shift bitwise_xor constant eq ge gt "
+        "identity index_expr logical_and lt maximum minimum mul ne neg reduction store sub "
+        "to_dtype to_dtype_bitcast truediv where"
+    ),
     "torch._logging": "trace_structured",
-    "torch._ops": "OpOverload",
+    "torch._ops": "HigherOrderOperator OpOverload",
     "torch._subclasses.fake_tensor": (
-        "DataDependentOutputException DynamicOutputShapeException FakeCopyMode FakeTensorMode "
+        "DataDependentOutputException DynamicOutputShapeException FakeCopyMode FakeTensor "
+        "FakeTensorMode UnsupportedFakeTensorException UnsupportedOperatorException "
         "init_gpu_context"
     ),
     "torch.nn.init": "_no_grad_trunc_normal_",
@@ -101,7 +105,7 @@ PRIVATE = {
     "torch.utils": "_triton",
     "torch.utils._ordered_set": "OrderedSet",
     "torch.utils._python_dispatch": "TorchDispatchMode",
-    "torch.utils._pytree": "tree_leaves tree_map tree_map_only",
+    "torch.utils._pytree": "tree_leaves tree_map",
     "torch.utils._sympy.functions": "FloorDiv ModularIndexing",
 }
 

@@ -697,10 +697,11 @@ def test_text_has_a_line_for_each_layer(report):
     ]
     assert rows[1] == [
         *("1", "conv2d", "8x8x1x1", "1", "2x8x4x4"),
-        *("2.048 k", "2.048 k", "2.048 k", "1.024 k", "pruned"),
+        *("2.048 k", "2.048 k", "2.048 k", "1.024 k", "dense", "pruned"),
     ]
     assert len(header) == len(rows[1])
     assert "1 of 3 layers pruned" in str(report)
+    assert "products of pruned layers: 0 of 1 sparse, which skip 0" in str(report)
 
 
 def test_a_dictionary_has_all_fields_but_the_layer(report):
@@ -756,6 +757,7 @@ def test_torch_alone_is_enough(report, monkeypatch, tmp_path):
     for name in ("rich", "matplotlib.figure"):
         monkeypatch.setitem(sys.modules, name, None)
     assert "1 of 3 layers pruned" in str(report)
+    assert "products of pruned layers: 0 of 1 sparse, which skip 0" in str(report)
     assert "1 of 3 layers pruned" in report._repr_html_()
     with pytest.raises(ModuleNotFoundError, match=r"matplotlib\.figure"):
         report.plot(tmp_path / "p.png")
