@@ -34,7 +34,7 @@ PRIVATE = {
     "torch._C._dynamo.eval_frame": "_debug_get_cache_entry_list reset_code",
     "torch._C._nn": "linear",
     "torch._decomp.decompositions_for_rng.PhiloxStateTracker": "reset",
-    "torch._dynamo": "OptimizedModule reset",
+    "torch._dynamo": "reset",
     "torch._dynamo.backends.common": "aot_autograd",
     "torch._dynamo.backends.debugging": "boxed_nop",
     "torch._dynamo.compiled_autograd": "in_compiled_autograd_region",

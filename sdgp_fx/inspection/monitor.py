@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo import OptimizedModule
+from torch._dynamo.eval_frame import OptimizedModule
 
 from ..backend import sdgp
 from ..kernels.record import receivers
