@@ -20,6 +20,7 @@ import torch
 from matplotlib.image import imread
 from rich.console import Console
 from torch import nn
+from torch._dynamo.eval_frame import cached_backends
 from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -524,6 +525,7 @@ def states():
         random.getstate(),
         np.random.get_state()[1].tolist(),
         {name: dict(counter) for name, counter in counters.items()},
+        set(cached_backends),
     )
 
 

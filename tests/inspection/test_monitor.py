@@ -213,6 +213,20 @@ def test_a_backward_counts_for_its_forwards_step(inner, options):
     assert record[name]["bias"] == pytest.approx(expected, rel=1e-6)
 
 
+def test_the_forward_alone_reads_the_step(model, monkeypatch):
+    parts = []
+    partition = backend.min_cut_rematerialization_partition
+
+    def spy(joint, inputs, **kwargs):
+        parts.extend(partition(joint, inputs, **kwargs))
+        return parts
+
+    monkeypatch.setattr(backend, "min_cut_rematerialization_partition", spy)
+    train(sdgp_fx.monitor(model, options=EAGER), model, 1)
+    counts = [len(part.graph.find_nodes(op="call_function", target=STEP)) for part in parts]
+    assert counts == [1, 0]
+
+
 def test_two_forwards_of_one_loss_are_two_steps(model):
     monitor = sdgp_fx.monitor(model, every=2, options=EAGER)
     for number in range(2):
