@@ -72,7 +72,6 @@ def _step(graph: fx.Graph, key: str, like: Tensor) -> fx.Node:
         step = graph.call_function(STEP, (key, like.device))
     step.meta = {
         "val": like.new_empty((), dtype=torch.int64),
-        "partitioner_tag": "must_be_in_forward",
         "recompute": CheckpointPolicy.MUST_SAVE,
     }
     return step
