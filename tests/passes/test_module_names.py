@@ -124,9 +124,9 @@ class Breaks(nn.Module):
 
 
 class Halves(nn.Module):
-    def __init__(self):
+    def __init__(self, channels=8):
         super().__init__()
-        self.first, self.second = conv(), conv()
+        self.first, self.second = conv(channels), conv()
 
     def forward(self, x):
         x = self.first(x)
@@ -238,6 +238,10 @@ MODELS = {
         lambda: Breaks(Halves()),
         ["stem", "body.0.first", "body.0.second", "head"],
     ),
+    "graph break ahead of all others": (
+        lambda: nn.Sequential(Halves(3)),
+        ["0.first", "0.second"],
+    ),
     "graph break, other variable": (
         lambda: Breaks(OtherVariable()),
         ["stem", "body.0.first", "body.0.second", "head"],
@@ -325,6 +329,12 @@ def test_names_in_a_function_start_at_the_outermost_modules(x, rewritten):
     trainer = Trainer()
     found = {d.module for d in train(trainer.step, x, rewritten=rewritten)}
     assert found == {"stem", "halves.first", "halves.second", "head", "0"}
+
+
+def test_names_in_a_function_start_at_the_outermost_module_that_runs(x, rewritten):
+    network = nn.Sequential(Halves(3))
+    made = train(lambda x: network(x), x, rewritten=rewritten)
+    assert {d.module for d in made} == {"0.first", "0.second"}
 
 
 def test_names_of_a_model_with_parameters_from_outside(x, rewritten):
