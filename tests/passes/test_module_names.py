@@ -105,6 +105,13 @@ class OwnFunction(nn.Conv2d):
         return ConvFunction.apply(x, self.weight)
 
 
+class FunctionOfScaled(nn.Conv2d):
+    """Multiply with a weight that is no parameter of anybody."""
+
+    def forward(self, x):
+        return ConvFunction.apply(x, self.weight.softmax(1))
+
+
 class Breaks(nn.Module):
     """Break the graph in a module within the model."""
 
@@ -117,9 +124,9 @@ class Breaks(nn.Module):
 
 
 class Halves(nn.Module):
-    def __init__(self):
+    def __init__(self, channels=8):
         super().__init__()
-        self.first, self.second = conv(), conv()
+        self.first, self.second = conv(channels), conv()
 
     def forward(self, x):
         x = self.first(x)
@@ -223,9 +230,17 @@ MODELS = {
     "a plain list": (KeepsList, ["stem", "lateral1", "lateral0"]),
     "keys": (OddKeys, [f"d.{key}" for key in OddKeys().d]),
     "autograd.Function": (lambda: nn.Sequential(conv(3), OwnFunction(8, 8, 1)), ["0", "1"]),
+    "autograd.Function, own weight": (
+        lambda: nn.Sequential(conv(3), FunctionOfScaled(8, 8, 1)),
+        ["0", "1"],
+    ),
     "graph break": (
         lambda: Breaks(Halves()),
         ["stem", "body.0.first", "body.0.second", "head"],
+    ),
+    "graph break ahead of all others": (
+        lambda: nn.Sequential(Halves(3)),
+        ["0.first", "0.second"],
     ),
     "graph break, other variable": (
         lambda: Breaks(OtherVariable()),
@@ -316,6 +331,12 @@ def test_names_in_a_function_start_at_the_outermost_modules(x, rewritten):
     assert found == {"stem", "halves.first", "halves.second", "head", "0"}
 
 
+def test_names_in_a_function_start_at_the_outermost_module_that_runs(x, rewritten):
+    network = nn.Sequential(Halves(3))
+    made = train(lambda x: network(x), x, rewritten=rewritten)
+    assert {d.module for d in made} == {"0.first", "0.second"}
+
+
 def test_names_of_a_model_with_parameters_from_outside(x, rewritten):
     network = nn.Sequential(conv(3), nn.Sequential(conv()))
     parameters = {n: p.detach().requires_grad_() for n, p in network.named_parameters()}
@@ -324,6 +345,35 @@ def test_names_of_a_model_with_parameters_from_outside(x, rewritten):
         return torch.func.functional_call(network, parameters, (x,))
 
     assert [d.module for d in train(run, x, rewritten=rewritten)] == ["0", "1.0"]
+
+
+def names_of_convolutions(function, *inputs):
+    """Return the names of all convolutions' backwards, in any graph, in order."""
+    found = []
+
+    def backend(gm, example_inputs):
+        names = module_names(gm)
+
+        def rewrite(graph):
+            for part in graph.owning_module.modules():
+                found.extend(map(names.of, find_convolutions(part.graph)))
+
+        return aot_eager(rewrite)(gm, example_inputs)
+
+    torch.compile(function, backend=backend)(*inputs).sum().backward()
+    return found
+
+
+def test_names_where_the_function_takes_gradients_itself(x):
+    """These nodes belong to the call of the transform; the layers are those of the forward."""
+    network = nn.Sequential(conv(3), nn.Sequential(conv()))
+    parameters = {n: p.detach().requires_grad_() for n, p in network.named_parameters()}
+
+    def loss(x):
+        return torch.func.functional_call(network, parameters, (x,)).square().sum()
+
+    found = names_of_convolutions(torch.func.grad(loss), x.requires_grad_())
+    assert set(found) == {("0",), ("1.0",)}
 
 
 class Unregistered(nn.Module):
@@ -392,18 +442,7 @@ class Branches(nn.Module):
 
 def test_no_name_is_made_up_for_a_layer_in_a_branch(x):
     """A branch is a graph of its own, whose inputs are not those of Dynamo's graph."""
-    found = []
-
-    def backend(gm, inputs):
-        names = module_names(gm)
-
-        def rewrite(graph):
-            for part in graph.owning_module.modules():
-                found.extend(map(names.of, find_convolutions(part.graph)))
-
-        return aot_eager(rewrite)(gm, inputs)
-
-    torch.compile(Branches(), backend=backend)(x).sum().backward()
+    found = names_of_convolutions(Branches(), x)
     assert sorted(found) == [(), (), ("stem",)]
 
 
