@@ -36,7 +36,7 @@ def gradient(dtype, memory_format=torch.channels_last, channels=64):
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(2, channels, 3, 5, generator=generator).round(decimals=1).to(dtype)
     x[0, :3, 0, 0] = torch.tensor([float("nan"), float("inf"), -float("inf")])
-    x[0, -4:, 1, 0] = torch.tensor([0.1, -0.6, 0.5, 0.4]) * torch.finfo(dtype).max
+    x[0, -4:, 1, 0] = torch.tensor([-0.7, 0.7, 0.6, 0.5]) * torch.finfo(dtype).max
     x[1, :, 1, 1] = 0
     return x.to(memory_format=memory_format)
 

@@ -31,6 +31,31 @@ def test_every_function_is_known(prune):
     assert index.shape == (4,)
 
 
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_mvue_of_norms_without_a_finite_sum_is_by_magnitude(bad):
+    norms = torch.tensor([1.0, bad, 3.0, 2.0]).repeat(50)
+    draw = torch.randint(2**63 - 1, (50,))
+    index, factor = select_channels(norms, 2, 4, "mvue", draw)
+    assert sorted(index.tolist()) == [4 * i + place for i in range(50) for place in (1, 2)]
+    assert factor.tolist() == [1.0] * 100
+
+
+def test_mvue_at_the_end_of_the_random_numbers():
+    """Rounding may choose the channel of zeros, and no factor may make NaN of these."""
+    norms = torch.tensor([1.0, 1.0, 1.0, 0.0])
+    index, factor = select_channels(norms, 2, 4, "mvue", torch.tensor([2**63 - 2]))
+    assert len(set(index.tolist())) == 2
+    assert factor.isfinite().all()
+
+
+def test_mvue_of_fewer_channels_than_n_that_are_not_zero():
+    norms = torch.tensor([0.0, 5.0, 0.0, 0.0])
+    index, factor = select_channels(norms, 3, 4, "mvue", torch.tensor([2**62]))
+    assert len(set(index.tolist())) == 3
+    assert 1 in index
+    assert factor.tolist() == [1.0] * 3
+
+
 @pytest.mark.parametrize("dim", [0, 1, 2])
 @pytest.mark.parametrize(("dtype", "value"), [(torch.float16, 40000.0), (torch.bfloat16, 1.0)])
 def test_norms_are_summed_in_float32(dtype, value, dim):

@@ -174,6 +174,13 @@ def test_random_numbers_of_every_program(prune, device, seed, nan_filled_empty):
     compare(as_channels_last(x).to(device), seed, 2, 4, prune, "group")
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nans_of_different_bits_are_equal(dtype, device):
+    x = torch.tensor([1.0, float("nan"), float("nan"), 2.0]).to(dtype).view(1, 4, 1)
+    x.view(torch.int32 if dtype == torch.float32 else torch.int16)[0, 2] += 1
+    compare(x.to(device), None, 1, 4, "magnitude", "group")
+
+
 @pytest.mark.parametrize("number", [by_hand.SMALLEST_UNIFORM, by_hand.LARGEST_UNIFORM])
 def test_mvue_at_the_ends_of_the_random_numbers(number, device):
     """Where rounding could keep one more or less than n."""
