@@ -162,6 +162,8 @@ struct Problem {
   int64_t grad_strides[5];    // sample, channel, space
   int64_t weight_strides[6];  // group, output channel, input channel, kernel
   int64_t result_strides[5];  // sample, channel, space
+
+  float largest() const { return is_bfloat16 ? 0x1.FEp127f : 0x1.FFFFFEp127f; }
 };
 
 constexpr int MAX_M = 32;
@@ -312,7 +314,7 @@ inline void philox(int64_t seed, const Longs& index, uint32_t block, Words* word
 
 // Make values unbiased, and keys that keep what has a value; see mvue of reference.py.
 template <int M>
-inline void mvue(int n, Words random, Floats* value, Ints* key) {
+inline void mvue(int n, float largest, Words random, Floats* value, Ints* key) {
   Floats size[M], rest{}, all = Floats{} + float(n), room = all;
   Ints certain[M] = {};
   for (int i = 0; i < M; i++) size[i] = absolute(value[i]);
@@ -329,7 +331,8 @@ inline void mvue(int n, Words random, Floats* value, Ints* key) {
     room = left, rest = sum;
   }
   Floats density = room / (rest == 0 ? Floats{} + 1 : rest), prefix{};
-  Floats step = rest / room;
+  Floats step = rest / room, most = Floats{} + largest;
+  step = step > most ? most : step;
   Ints uniform = (Ints)(random >> 8), before = -uniform >> 24;
   for (int i = 0; i < M; i++) {
     prefix += certain[i] ? Floats{} : size[i];
@@ -357,7 +360,7 @@ __attribute__((noinline)) void draw(const Problem& p, int64_t first, int64_t ste
   Words word[4];
   if (p.function == MVUE) {
     philox(p.seed, index, 0, word);
-    mvue<M>(p.n, word[0], x, key);
+    mvue<M>(p.n, p.largest(), word[0], x, key);
     return;
   }
   for (int i = 0; i < M; i++) {
@@ -442,7 +445,13 @@ struct Pruning {
     }
   }
 
-  static void scale(float* values, Floats factor) { store(values, load(values) * factor); }
+  // What is finite stays finite: the largest number of the gradient's dtype is the most.
+  void scale(float* values, Floats factor) const {
+    Floats value = load(values), scaled = value * factor, most = Floats{} + p.largest();
+    Floats clamped = scaled > most ? most : scaled;
+    clamped = clamped < -most ? -most : clamped;
+    store(values, is_finite(value) ? clamped : scaled);
+  }
 
   // Add up |x| and the kept |x| of a group, in lanes.
   void add(const Floats* x, Doubles* total, Doubles* kept) const {

@@ -195,6 +195,19 @@ def test_what_is_not_finite_is_kept(prune, special):
     assert result.isfinite().all()
 
 
+def test_what_is_finite_stays_finite():
+    """A group whose L1 norm is the largest number: its scaled value may round beyond that."""
+    most = torch.finfo(torch.float32).max
+    kept = most * torch.linspace(0.51, 0.99, 4096)
+    x = torch.stack([kept, kept - most, torch.zeros(4096), torch.zeros(4096)])[None]
+    beyond = (x.abs().sum(1) / kept * kept).isinf()
+    assert beyond.any()
+    result = by_identity(x, 1, 4, "rescaled_magnitude", "group")
+    expected = reference.prune_nm(x, None, 1, 4, "rescaled_magnitude", "group")
+    assert torch.equal(result, expected)
+    assert (result[:, 0][beyond] == most).all()
+
+
 def test_what_is_dropped_and_the_padding_are_not_multiplied():
     """0 times NaN of a weight is NaN in a dense product."""
     case = make_case(8, 8, (3, 3), (4, 4), padding=1)
