@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ...config import PRUNING_FUNCTIONS, RESCALE_SCOPES
+from .problem import Problem
 
 log = logging.getLogger(__name__)
 
@@ -49,28 +50,16 @@ def why_not_compiled() -> str:
     return _compiled()[1]
 
 
-def pruned_input_grad(
-    grad_output: Tensor,
-    weight: Tensor,
-    seed: Tensor | None,
-    n: int,
-    m: int,
-    prune: str,
-    rescale: str,
-    result: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    transposed: bool,
-    groups: int,
-) -> None:
+def pruned_input_grad(problem: Problem, result: Tensor) -> None:
     """Write the input gradient into result.
 
-    Args: As for sdgp::pruned_input_grad, checked; of one of DTYPES, with no size of 0. All strides
-        are read in place.
+    Args:
+        problem: Checked; of one of DTYPES, with no size of 0. All strides are read in place.
+        result: As from `empty_result`.
     """
     library = cast(ctypes.CDLL, _compiled()[0])
-    absent = 5 - grad_output.dim()
+    grad_output, weight, seed = problem.grad_output, problem.weight, problem.seed
+    groups, absent = problem.groups, 5 - grad_output.dim()
 
     def space(values: Sequence[int], fill: int) -> ctypes.Array[ctypes.c_int64]:
         return _Space(*[fill] * absent, *values)
@@ -80,19 +69,19 @@ def pruned_input_grad(
 
     # Of the weight, in the order (group, output channel, input channel, *kernel).
     to_next, first, second = weight.shape[0] // groups * weight.stride(0), *weight.stride()[:2]
-    of_channels = (second, first) if transposed else (first, second)
+    of_channels = (second, first) if problem.transposed else (first, second)
     weight_strides = strides((*of_channels, *weight.stride()[2:]), to_next)
-    problem = _Problem(
+    in_memory = _Problem(
         grad_output=grad_output.data_ptr(),
         weight=weight.data_ptr(),
         result=result.data_ptr(),
         is_bfloat16=grad_output.dtype == torch.bfloat16,
         threads=torch.get_num_threads(),
         seed=0 if seed is None else int(seed),
-        n=n,
-        m=m,
-        function=PRUNING_FUNCTIONS.index(prune),
-        scope=RESCALE_SCOPES.index(rescale),
+        n=problem.n,
+        m=problem.m,
+        function=PRUNING_FUNCTIONS.index(problem.prune),
+        scope=RESCALE_SCOPES.index(problem.rescale),
         samples=grad_output.shape[0],
         groups=groups,
         out_channels=grad_output.shape[1] // groups,
@@ -100,17 +89,17 @@ def pruned_input_grad(
         output_size=space(grad_output.shape[2:], 1),
         input_size=space(result.shape[2:], 1),
         kernel=space(weight.shape[2:], 1),
-        stride=space(stride, 1),
-        padding=space(padding, 0),
-        dilation=space(dilation, 1),
-        transposed=transposed,
+        stride=space(problem.stride, 1),
+        padding=space(problem.padding, 0),
+        dilation=space(problem.dilation, 1),
+        transposed=problem.transposed,
         grad_strides=strides(grad_output.stride()),
         weight_strides=weight_strides,
         result_strides=strides(result.stride()),
     )
-    size = library.sdgp_workspace_bytes(ctypes.byref(problem))
+    size = library.sdgp_workspace_bytes(ctypes.byref(in_memory))
     workspace = torch.empty(size, dtype=torch.uint8)
-    library.sdgp_pruned_input_grad(ctypes.byref(problem), ctypes.c_void_p(workspace.data_ptr()))
+    library.sdgp_pruned_input_grad(ctypes.byref(in_memory), ctypes.c_void_p(workspace.data_ptr()))
 
 
 @functools.cache

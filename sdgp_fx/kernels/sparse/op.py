@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import reference
-from ..op import check_arguments
 from . import cpu
-
-
-class Convolution(NamedTuple):
-    """What the operator is told of a layer besides its tensors."""
-
-    stride: Sequence[int]
-    padding: Sequence[int]
-    dilation: Sequence[int]
-    transposed: bool
-    groups: int
+from .problem import Problem, check, check_sizes, empty_result
 
 
 def why_not_sparse(
@@ -52,32 +41,11 @@ def why_not_sparse(
         "int groups) -> Tensor"
     ),
 )
-def pruned_input_grad(
-    grad_output: Tensor,
-    weight: Tensor,
-    seed: Tensor | None,
-    n: int,
-    m: int,
-    prune: str,
-    rescale: str,
-    input_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    transposed: bool,
-    groups: int,
-) -> Tensor:
+def pruned_input_grad(*arguments: Any) -> Tensor:
     """Compute the input gradient of a convolution from its output gradient, pruned n:m.
 
-    A linear layer is a convolution without positions, or with a kernel of size 1.
-
     Args:
-        grad_output: (N, C_out, *positions), with up to three dimensions of positions.
-        weight: (C_out, C_in / groups, *kernel); (C_in, C_out / groups, *kernel) if transposed.
-        seed, n, m, prune, rescale: As for sdgp::prune_nm.
-        input_size: (N, C_in, *positions), of the result.
-        stride, padding, dilation, transposed, groups: As for a convolution, one number for each
-            dimension of positions.
+        arguments: Those of `Problem`.
 
     Returns:
         What aten.convolution_backward gives for `sdgp::prune_nm` of grad_output, up to rounding.
@@ -85,159 +53,55 @@ def pruned_input_grad(
         and of contiguous memory otherwise.
 
     Raises:
-        ValueError: An argument is not as described here and in `SDGPConfig`.
+        ValueError: An argument is not as described there and in `SDGPConfig`.
     """
-    layer = Convolution(stride, padding, dilation, transposed, groups)
-    return _dense(grad_output, weight, seed, n, m, prune, rescale, input_size, layer)
+    return _dense(Problem(*arguments))
 
 
 PRUNED_INPUT_GRAD = torch.ops.sdgp.pruned_input_grad.default
 
 
 @pruned_input_grad.register_kernel("cpu")
-def _(
-    grad_output: Tensor,
-    weight: Tensor,
-    seed: Tensor | None,
-    n: int,
-    m: int,
-    prune: str,
-    rescale: str,
-    input_size: Sequence[int],
-    *geometry: Any,
-) -> Tensor:
-    layer = Convolution(*geometry)
+def _(*arguments: Any) -> Tensor:
+    problem = Problem(*arguments)
+    grad_output, weight = problem.grad_output, problem.weight
     if why_not_sparse(grad_output.dtype, grad_output.device, weight.dtype):
-        return _dense(grad_output, weight, seed, n, m, prune, rescale, input_size, layer)
-    _check(grad_output, weight, seed, n, m, prune, rescale, input_size, layer)
-    _check_sizes(grad_output, weight, input_size, layer)
-    result = _empty_result(grad_output, input_size)
+        return _dense(problem)
+    check(problem)
+    check_sizes(problem)
+    result = empty_result(problem)
     if 0 in (grad_output.numel(), weight.numel(), result.numel()):
         return result.zero_()
-    cpu.pruned_input_grad(grad_output, weight, seed, n, m, prune, rescale, result, *layer)
+    cpu.pruned_input_grad(problem, result)
     return result
 
 
 @pruned_input_grad.register_fake
-def _(
-    grad_output: Tensor,
-    weight: Tensor,
-    seed: Tensor | None,
-    n: int,
-    m: int,
-    prune: str,
-    rescale: str,
-    input_size: Sequence[int],
-    *geometry: Any,
-) -> Tensor:
-    layer = Convolution(*geometry)
-    _check(grad_output, weight, seed, n, m, prune, rescale, input_size, layer)
-    return _empty_result(grad_output, input_size)
+def _(*arguments: Any) -> Tensor:
+    problem = Problem(*arguments)
+    check(problem)
+    return empty_result(problem)
 
 
-def _dense(
-    grad_output: Tensor,
-    weight: Tensor,
-    seed: Tensor | None,
-    n: int,
-    m: int,
-    prune: str,
-    rescale: str,
-    input_size: Sequence[int],
-    layer: Convolution,
-) -> Tensor:
+def _dense(problem: Problem) -> Tensor:
     """Compute the operator by the reference and a dense product, on any device."""
-    _check(grad_output, weight, seed, n, m, prune, rescale, input_size, layer)
-    output_padding = _check_sizes(grad_output, weight, input_size, layer)
+    check(problem)
+    output_padding = check_sizes(problem)
+    grad_output, weight, seed, n, m, prune, rescale, input_size, *layer = problem
     pruned = reference.prune_nm(grad_output, seed, n, m, prune, rescale)
-    result = _empty_result(grad_output, input_size)
+    result = empty_result(problem)
     if grad_output.dim() == 2:
         pruned, weight, input_size = pruned[..., None], weight[..., None], (*input_size, 1)
-        layer, output_padding = Convolution([1], [0], [1], *layer[-2:]), [0]
+        layer[:3], output_padding = [[1], [0], [1]], [0]
+    *geometry, groups = layer
     input_grad, _, _ = torch.ops.aten.convolution_backward(
         pruned,
         pruned.new_empty(1).expand(tuple(input_size)),
         weight,
         None,
-        *layer[:-1],
+        *geometry,
         output_padding,
-        layer.groups,
+        groups,
         [True, False, False],
     )
     return result.copy_(input_grad.view_as(result))
-
-
-def _empty_result(grad_output: Tensor, input_size: Sequence[int]) -> Tensor:
-    batch, channels, *positions = input_size
-    if positions and grad_output.stride(1) == 1:
-        return grad_output.new_empty((batch, *positions, channels)).movedim(-1, 1)
-    return grad_output.new_empty((batch, channels, *positions))
-
-
-def _check(
-    grad_output: Tensor,
-    weight: Tensor,
-    seed: Tensor | None,
-    n: int,
-    m: int,
-    prune: str,
-    rescale: str,
-    input_size: Sequence[int],
-    layer: Convolution,
-) -> None:
-    check_arguments(grad_output, seed, n, m, prune, rescale, layer.groups)
-    dims = grad_output.dim()
-    if dims > 5:
-        raise ValueError(
-            f"grad_output: expected (N, C_out) and at most three dimensions more, got {dims - 2}"
-        )
-    for name, value, count in (
-        ("weight", weight.shape, dims),
-        ("input_size", input_size, dims),
-        *((name, getattr(layer, name), dims - 2) for name in ("stride", "padding", "dilation")),
-    ):
-        if len(value) != count:
-            raise ValueError(
-                f"{name}: expected {count} sizes for a gradient of {dims} dimensions, "
-                f"got {tuple(value)}"
-            )
-    channels, per_group = weight.shape[:2]
-    sides = (channels, per_group * layer.groups)
-    out_channels, in_channels = reversed(sides) if layer.transposed else sides
-    if out_channels != grad_output.shape[1] or in_channels != input_size[1]:
-        raise ValueError(
-            f"weight: expected one from {input_size[1]} to {grad_output.shape[1]} channels in "
-            f"{layer.groups} groups, got {tuple(weight.shape)}, transposed={layer.transposed}"
-        )
-    if channels % layer.groups:
-        raise ValueError(
-            f"groups: expected a divisor of the weight's {channels} channels, got {layer.groups}"
-        )
-
-
-def _check_sizes(
-    grad_output: Tensor, weight: Tensor, input_size: Sequence[int], layer: Convolution
-) -> list[int]:
-    """Check that sizes belong together; return the output padding."""
-    output_padding = []
-    fits = grad_output.shape[0] == input_size[0]
-    for i, (stride, padding, dilation) in enumerate(
-        zip(layer.stride, layer.padding, layer.dilation, strict=True), start=2
-    ):
-        if stride < 1 or padding < 0 or dilation < 1:
-            fits = False
-            break
-        reach = dilation * (weight.shape[i] - 1) + 1 - 2 * padding
-        size, result = grad_output.shape[i], input_size[i]
-        if layer.transposed:
-            output_padding.append(size - (result - 1) * stride - reach)
-            fits &= 0 <= output_padding[-1] < max(stride, dilation)
-        else:
-            output_padding.append(0)
-            fits &= size == (result - reach) // stride + 1
-    if not fits:
-        raise ValueError(
-            f"input_size: expected one that gives {tuple(grad_output.shape)}, "
-            f"got {tuple(input_size)} for {layer} and a weight {tuple(weight.shape)}"
-        )
-    return output_padding
