@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -142,11 +142,10 @@ class Alone(nn.Module):
 
 def is_chosen(layer: Convolution, n: int, m: int, prune: str, dtype: torch.dtype) -> bool:
     """Whether sdgp.product = "auto" takes the product that skips zeros."""
-    with torch.device("meta"):
-        alone = Alone(layer).to(dtype)
-    x = torch.empty(layer.input, dtype=dtype, device="cpu", requires_grad=True)
+    alone = Alone(layer).to(dtype)
+    x = torch.empty(layer.input, dtype=dtype, requires_grad=True)
     options = {"sdgp.n": n, "sdgp.m": m, "sdgp.prune": prune, "sdgp.targets": "conv,linear"}
-    (report,) = explain(alone.to_empty(device="cpu"), x, options=options)
+    (report,) = explain(alone, x, options=options)
     return report.product == "sparse"
 
 
@@ -156,15 +155,18 @@ def headline(rows: Sequence[Row]) -> list[str]:
     for model, n, m in dict.fromkeys((row["model"], row["n"], row["m"]) for row in rows):
         here = [row for row in rows if (row["model"], row["n"], row["m"]) == (model, n, m)]
 
-        def total(key: str, here: list[Row] = here) -> float:
-            return sum(row["count"] * row[key] for row in here) / 1e3
+        def total(time: Callable[[Row], float], here: list[Row] = here) -> float:
+            return sum(row["count"] * time(row) for row in here) / 1e3
 
-        for row in here:
-            row["auto_us"] = row["sparse_us" if row["chosen"] else "dense_us"]
-            row["best_us"] = min(row["sparse_us"], row["dense_us"])
-        stock = total("dense_us")
-        shares = {"all": "sparse_us", "as the rule chooses": "auto_us", "at best": "best_us"}
-        text = ", ".join(f"{name} {total(key) / stock:.3f}" for name, key in shares.items())
+        stock = total(lambda row: row["dense_us"])
+        parts = {
+            "all": total(lambda row: row["sparse_us"]),
+            "as the rule chooses": total(
+                lambda row: row["sparse_us"] if row["chosen"] else row["dense_us"]
+            ),
+            "at best": total(lambda row: min(row["sparse_us"], row["dense_us"])),
+        }
+        text = ", ".join(f"{name} {time / stock:.3f}" for name, time in parts.items())
         slower = max((row["ratio"] for row in here if row["chosen"]), default=0)
         lines.append(
             f"input gradients of {model} {n}:{m}: dense {stock:.2f} ms; zeros skipped: {text} of "

@@ -20,6 +20,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from torch._logging import trace_structured
 
 from .config import SDGPConfig
+from .passes.backward import tangents_of
 from .passes.decisions import Decision
 from .passes.marks import is_rewritten
 from .passes.module_names import ModuleNames
@@ -196,8 +197,7 @@ class PruneInputGrads(CustomGraphPass):
 
 def is_joint(graph: fx.Graph) -> bool:
     """Whether this is a graph of forward and backward, not of a forward alone."""
-    # AOTAutograd names a joint graph's tangents so.
-    return any(n.target.startswith("tangents") for n in graph.find_nodes(op="placeholder"))
+    return bool(tangents_of(graph))
 
 
 def readable(gm: fx.GraphModule) -> str:

@@ -31,6 +31,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..passes.module_names import without_wrappers
 from .fake_copy import fake_copy
 from .python_state import python_state_kept
 
@@ -284,11 +285,6 @@ def _wants_values(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
-
-
-def without_wrappers(path: str) -> str:
-    """Return a module's name as decisions have it, whatever in the model is compiled itself."""
-    return ".".join(part for part in path.split(".") if part != "_orig_mod")
 
 
 def _first_line(reason: str) -> str:

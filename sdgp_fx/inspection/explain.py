@@ -17,9 +17,9 @@ from ..passes.convolutions import convolution_macs
 from ..passes.decisions import UNKNOWN, Decision
 from ..passes.layers import plain_sizes
 from ..passes.linears import linear_macs
-from ..passes.module_names import module_names
+from ..passes.module_names import module_names, without_wrappers
 from ..passes.prune_input_grads import prune_input_grads
-from .dry_run import DryRun, Held, Product, without_wrappers
+from .dry_run import DryRun, Held, Product
 from .report import Explanation, LayerReport, MultiplyAdds
 from .weights import NESTED, NO_GRADIENT, OTHER_OPERATORS, find_origins, why_no_layer
 

@@ -9,6 +9,8 @@ from typing import Any
 from torch import fx
 from torch._ops import HigherOrderOperator
 
+from ..passes.backward import backward_nodes
+
 # Why a weight that is an input of a graph is the weight of no layer in it.
 NO_GRADIENT = "no gradient flows through it"
 NESTED = "not known, its weight is used in a nested graph, as those of torch.cond"
@@ -78,7 +80,7 @@ def why_no_layer(graph: fx.Graph, origins: Origins) -> dict[int, str]:
     Returns:
         A reason for each position that the graph has.
     """
-    backward = _backward_nodes(graph)
+    backward = backward_nodes(graph)
     users: dict[int, set[fx.Node]] = defaultdict(set)
     for node, positions in origins.items():
         if node.graph is not graph:
@@ -96,19 +98,6 @@ def why_no_layer(graph: fx.Graph, origins: Origins) -> dict[int, str]:
         else:
             reasons[position] = OTHER_OPERATORS
     return reasons
-
-
-def _backward_nodes(graph: fx.Graph) -> set[fx.Node]:
-    """Find the nodes that are computed from gradients of the graph's outputs."""
-    found: set[fx.Node] = set()
-    for node in graph.nodes:
-        if node.op == "placeholder":
-            is_backward = node.target.startswith("tangents")
-        else:
-            is_backward = node.op != "output" and not found.isdisjoint(node.all_input_nodes)
-        if is_backward:
-            found.add(node)
-    return found
 
 
 def _positions_with_gradient(graph: fx.Graph) -> set[int | None]:

@@ -86,9 +86,11 @@ def calls_of_convolutions(
     recorder = Recorder(network)
     with recorder:
         network(*inputs)
-    kinds = {"conv": True, "linear": False}
-    wanted = {kinds[target] for target in targets}
-    return [(name, layer) for name, layer in recorder.calls if bool(layer.stride) in wanted]
+    return [
+        (name, layer)
+        for name, layer in recorder.calls
+        if ("conv" if layer.stride else "linear") in targets
+    ]
 
 
 def cold_operands(
@@ -176,33 +178,24 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func is torch.ops.aten.convolution.default:
-            x, weight, _, stride, padding, dilation, transposed, output_padding, groups = args
-            convolution = Convolution(
-                input=tuple(x.shape),
-                weight=tuple(weight.shape),
-                output=tuple(result.shape),
-                stride=tuple(stride),
-                padding=tuple(padding),
-                dilation=tuple(dilation),
-                transposed=transposed,
-                output_padding=tuple(output_padding),
-                groups=groups,
-                needs_input_gradient=x.requires_grad,
-            )
-            self.calls.append((self._name, convolution))
+            x, weight, _, *settings = args
         elif func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
-            x, weight = args[-2:]
-            convolution = Convolution(
-                input=tuple(x.shape),
-                weight=tuple(weight.mT.shape),
-                output=tuple(result.shape),
-                stride=(),
-                padding=(),
-                dilation=(),
-                transposed=False,
-                output_padding=(),
-                groups=1,
-                needs_input_gradient=x.requires_grad,
-            )
-            self.calls.append((self._name, convolution))
+            x, weight = args[-2], args[-1].mT
+            settings = [(), (), (), False, (), 1]
+        else:
+            return result
+        stride, padding, dilation, transposed, output_padding, groups = settings
+        convolution = Convolution(
+            input=tuple(x.shape),
+            weight=tuple(weight.shape),
+            output=tuple(result.shape),
+            stride=tuple(stride),
+            padding=tuple(padding),
+            dilation=tuple(dilation),
+            transposed=transposed,
+            output_padding=tuple(output_padding),
+            groups=groups,
+            needs_input_gradient=x.requires_grad,
+        )
+        self.calls.append((self._name, convolution))
         return result

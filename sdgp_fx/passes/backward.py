@@ -37,7 +37,7 @@ def find_parts(graph: fx.Graph) -> list[Part]:
     There are none for a graph that is not looked at by itself: a branch of a joint graph, which
     Inductor hands over ahead of that, and a graph of compiled autograd.
     """
-    is_joint = bool(_tangents(graph))
+    is_joint = bool(tangents_of(graph))
     if not is_joint and torch._dynamo.compiled_autograd.in_compiled_autograd_region:
         return []
     if not is_joint and any(_is_tagged(node) for node in graph.nodes):
@@ -47,7 +47,7 @@ def find_parts(graph: fx.Graph) -> list[Part]:
     for part in parts:
         for node, inner in _inner_graphs(part.graph):
             # One with tangents, of a region compiled once, comes as a joint graph of its own.
-            if inner not in seen and not _tangents(inner):
+            if inner not in seen and not tangents_of(inner):
                 is_backward = node in part.backward
                 parts.append(Part(inner, backward_nodes(inner) if is_backward else set()))
             seen.add(inner)
@@ -60,7 +60,7 @@ def backward_nodes(graph: fx.Graph) -> set[fx.Node]:
     What depends on a tangent needs no tag: another pass has made it, or it is the backward of a
     torch.autograd.Function. The derivatives of gradients that the function takes are left out.
     """
-    backward = set(_tangents(graph))
+    backward = set(tangents_of(graph))
     for node in graph.nodes:
         if _is_tagged(node) or not backward.isdisjoint(node.all_input_nodes):
             backward.add(node)
@@ -88,7 +88,7 @@ def _is_tagged(node: fx.Node) -> bool:
     return node.meta.get(_TAG) in _BACKWARD_TAGS
 
 
-def _tangents(graph: fx.Graph) -> list[fx.Node]:
+def tangents_of(graph: fx.Graph) -> list[fx.Node]:
     """Return the inputs that are gradients of outputs, which AOTAutograd names so."""
     return [n for n in graph.find_nodes(op="placeholder") if n.target.startswith("tangents")]
 

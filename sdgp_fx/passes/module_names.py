@@ -149,7 +149,7 @@ def module_names(gm: fx.GraphModule) -> ModuleNames:
     others: dict[str, None] = {}
     for root in roots:
         for path, module in root.named_modules():
-            name = _without_wrappers(path)
+            name = without_wrappers(path)
             names.setdefault(id(module), name)
             if isinstance(module, ParametrizationList):
                 name = name.rpartition("parametrizations.")[0].removesuffix(".")
@@ -210,7 +210,7 @@ def module_name(path: str) -> str:
             kept = kept[:-1]
         elif step not in ("_modules", "__dict__"):
             kept.append(step)
-    return _without_wrappers(".".join(kept))
+    return without_wrappers(".".join(kept))
 
 
 def _steps(expression: ast.expr) -> list[str]:
@@ -277,7 +277,7 @@ def _unwrapped(module: Any) -> Any:
     return module
 
 
-def _without_wrappers(path: str) -> str:
+def without_wrappers(path: str) -> str:
     """Leave the wrappers of modules that were themselves compiled out of a path."""
     return ".".join(part for part in path.split(".") if part != "_orig_mod")
 

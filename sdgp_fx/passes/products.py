@@ -45,19 +45,19 @@ def skip_zeros(graph: fx.Graph, config: SDGPConfig) -> None:
 
 def _skip_zeros(graph: fx.Graph, config: SDGPConfig) -> bool:
     """Rewrite one graph; return whether it has changed."""
-    is_changed = False
-    for layer in find_layers(graph, config):
-        pruned = layer.grad_output
-        decision = pruned.meta.get(DECISION)
-        if (
-            pruned.target is PRUNE_NM
-            and decision is not None
-            and decision.product == "sparse"
-            and list(pruned.users) == [layer.node]
-        ):
-            _replace_product(layer, pruned)
-            is_changed = True
-    return is_changed
+    sparse = {
+        node
+        for node in graph.find_nodes(op="call_function", target=PRUNE_NM)
+        if DECISION in node.meta and node.meta[DECISION].product == "sparse"
+    }
+    found = [
+        layer
+        for layer in (find_layers(graph, config) if sparse else ())
+        if layer.grad_output in sparse and list(layer.grad_output.users) == [layer.node]
+    ]
+    for layer in found:
+        _replace_product(layer, layer.grad_output)
+    return bool(found)
 
 
 def _replace_product(layer: Layer, pruned: fx.Node) -> None:

@@ -144,7 +144,7 @@ inline void transpose(Floats* x) {
   }
 }
 
-// The problem. The struct of op.py, field by field. Sizes of space have three dimensions, of which
+// The problem. The struct of cpu.py, field by field. Sizes of space have three dimensions, of which
 // leading ones are 1; channels are those of one group of the convolution.
 
 enum Function { RANDOM, MAGNITUDE, RESCALED_MAGNITUDE, MVUE };
