@@ -154,7 +154,8 @@ PRUNED = ["blocks.0.conv", "blocks.1.conv", "head", "hidden"]
         (Checkpointed, PRUNED),
         (WithGraphBreak, PRUNED),
         (CalledTwice, sorted(["blocks.0.conv", "blocks.1.conv", *PRUNED])),
-        (Shared, PRUNED),
+        # One module has one name, whatever it is also kept as.
+        (Shared, ["blocks.0.conv", "blocks.0.conv", "head", "hidden"]),
         (Functional, ["", "", "head", "hidden"]),
     ],
 )
