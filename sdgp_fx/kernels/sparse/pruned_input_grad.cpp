@@ -109,11 +109,38 @@ inline Floats round_to_bfloat16(Floats x) {
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Ints{__VA_ARGS__})
 #endif
 
+// Transpose LANES vectors.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+
+// Within the halves of vectors as long as that will do: what crosses them takes longer.
+inline void transpose(Floats* x) {
+  Floats y[LANES];
+#pragma GCC unroll 4
+  for (int i = 0; i < LANES; i += 2) {
+    y[i] = SHUFFLE(x[i], x[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+    y[i + 1] = SHUFFLE(x[i], x[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < LANES / 2; i++) {
+    int from = i / 2;
+    Floats low, high;
+    if (i % 2 == 0) {
+      low = SHUFFLE(y[from], y[from + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+      high = SHUFFLE(y[from + 4], y[from + 6], 0, 1, 8, 9, 4, 5, 12, 13);
+    } else {
+      low = SHUFFLE(y[from], y[from + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+      high = SHUFFLE(y[from + 4], y[from + 6], 2, 3, 10, 11, 6, 7, 14, 15);
+    }
+    x[i] = SHUFFLE(low, high, 0, 1, 2, 3, 8, 9, 10, 11);
+    x[i + LANES / 2] = SHUFFLE(low, high, 4, 5, 6, 7, 12, 13, 14, 15);
+  }
+}
+
+#else
+
 inline Floats interleave_low(Floats a, Floats b) {
 #if defined(__AVX512F__)
   return SHUFFLE(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-#elif defined(__AVX2__)
-  return SHUFFLE(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
 #else
   return SHUFFLE(a, b, 0, 4, 1, 5);
 #endif
@@ -122,14 +149,12 @@ inline Floats interleave_low(Floats a, Floats b) {
 inline Floats interleave_high(Floats a, Floats b) {
 #if defined(__AVX512F__)
   return SHUFFLE(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-#elif defined(__AVX2__)
-  return SHUFFLE(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
 #else
   return SHUFFLE(a, b, 2, 6, 3, 7);
 #endif
 }
 
-// Transpose LANES vectors: every step rotates the bits of (vector, lane) by one.
+// Every step rotates the bits of (vector, lane) by one.
 inline void transpose(Floats* x) {
 #pragma GCC unroll 4
   for (int step = 1; step < LANES; step *= 2) {
@@ -143,6 +168,8 @@ inline void transpose(Floats* x) {
     for (int i = 0; i < LANES; i++) x[i] = y[i];
   }
 }
+
+#endif
 
 // The problem. The struct of cpu.py, field by field. Sizes of space have three dimensions, of which
 // leading ones are 1; channels are those of one group of the convolution.
@@ -272,13 +299,20 @@ struct Tile {
   template <typename T>
   void read_from(const T* grad, int64_t channel, int64_t count, Floats* x) const {
     int64_t stride = p.grad_strides[1], c = 0;
+    int64_t next = (offset[1] - offset[0]) * LANES;  // Most often, the tile after this one.
     grad += channel * stride;
     if (adjacent) {
-      for (; c < count; c++) x[c] = load(grad + offset[0] + c * stride);
+      for (; c < count; c++) {
+        __builtin_prefetch(grad + offset[0] + c * stride + next);
+        x[c] = load(grad + offset[0] + c * stride);
+      }
     } else if (stride == 1) {
       for (; c + LANES <= count; c += LANES) {
 #pragma GCC unroll 16
-        for (int lane = 0; lane < LANES; lane++) x[c + lane] = load(grad + offset[lane] + c);
+        for (int lane = 0; lane < LANES; lane++) {
+          __builtin_prefetch(grad + offset[lane] + c + next);
+          x[c + lane] = load(grad + offset[lane] + c);
+        }
         transpose(x + c);
       }
     }
@@ -399,9 +433,11 @@ struct Pruning {
     }
   }
 
-  // Fill the n slots of a group.
-  void pack(Floats* x, const Tile& tile, int64_t channel, int place, int width,
-            float* slots) const {
+  bool is_by_group() const { return p.function == RESCALED_MAGNITUDE && p.scope == GROUP; }
+
+  // Fill the n slots of a group. If it is rescaled, add up |x| and the kept |x|.
+  void pack(Floats* x, const Tile& tile, int64_t channel, int place, int width, float* slots,
+            Floats& total, Floats& kept) const {
     Ints key[M];
     if (p.function == RANDOM || p.function == MVUE) {
       draw<M>(p, tile.first * groups + channel / M, groups, x, key);
@@ -409,20 +445,29 @@ struct Pruning {
       for (int i = 0; i < M; i++) key[i] = magnitude_key(x[i]);
     }
     // The sum of two does not depend on their order.
-    bool by_group = p.function == RESCALED_MAGNITUDE && p.scope == GROUP;
-    bool mark = by_group && n() > 2;
-    choose(x, key, Ints{} + place, width, mark, [&](int k, Floats kept, Ints found) {
-      store(slots + k * 2 * LANES, kept);
+    bool mark = is_by_group() && n() > 2;
+    choose(x, key, Ints{} + place, width, mark, [&](int k, Floats value, Ints found) {
+      store(slots + k * 2 * LANES, value);
       store(slots + k * 2 * LANES + LANES, found);
     });
-    if (by_group) {
-      Floats total = absolute(x[0]), kept{};
-      for (int i = 1; i < M; i++) total += absolute(x[i]);
-      if (mark) {
-        for (int i = 0; i < M; i++) kept += (Floats)((Ints)absolute(x[i]) & key[i] >> 31);
-      } else {
-        for (int k = 0; k < n(); k++) kept += absolute(load(slots + k * 2 * LANES));
-      }
+    if (!is_by_group()) return;
+    total = absolute(x[0]), kept = Floats{};
+    for (int i = 1; i < M; i++) total += absolute(x[i]);
+    if (mark) {
+      for (int i = 0; i < M; i++) kept += (Floats)((Ints)absolute(x[i]) & key[i] >> 31);
+    } else {
+      for (int k = 0; k < n(); k++) kept += absolute(load(slots + k * 2 * LANES));
+    }
+  }
+
+  bool is_finished() const {
+    return p.function == RANDOM || p.function == MAGNITUDE || (p.function == MVUE && !p.is_bfloat16);
+  }
+
+  // Rescale and round what fills the slots of a group.
+  void finish(const Tile& tile, int64_t channel, int place, int width, float* slots, Floats total,
+              Floats kept) const {
+    if (is_by_group()) {
       Floats factor = total / kept;
       factor = is_finite(factor) ? factor : Floats{} + 1;
       for (int k = 0; k < n(); k++) scale(slots + k * 2 * LANES, factor);
@@ -438,7 +483,7 @@ struct Pruning {
         scale(slots + k * 2 * LANES, factor);
       }
     }
-    if (p.is_bfloat16 && p.function != RANDOM && p.function != MAGNITUDE) {
+    if (p.is_bfloat16) {
       for (int k = 0; k < n(); k++) {
         store(slots + k * 2 * LANES, round_to_bfloat16(load(slots + k * 2 * LANES)));
       }
@@ -474,18 +519,27 @@ void pack_tile(const Problem& p, const Plan& plan, const float* factors, int64_t
                int64_t end, float* slots) {
   Pruning<M, N> pruning{p, plan.channels / M, factors};
   Tile tile(p, first, end);
-  Floats x[STEP];
+  Floats x[STEP], total[STEP / M], kept[STEP / M];
+  int place[STEP / M];
   int64_t of_group = 0, row = 0;  // Channels of the convolution's group, and of the slab.
+  int64_t slots_of_group = pruning.n() * 2 * LANES;
   for (int64_t begin = 0; begin < plan.channels; begin += STEP) {
-    int64_t count = std::min(STEP, plan.channels - begin);
-    tile.read(begin, count, x);
-    for (int64_t i = 0; i < count; i += M) {
-      pruning.pack(x + i, tile, begin + i, row * plan.width, plan.width, slots);
-      slots += pruning.n() * 2 * LANES;
+    int64_t count = std::min(STEP, plan.channels - begin) / M;
+    tile.read(begin, count * M, x);
+    // One step for all groups after the other, since a step has to wait for the one before.
+    for (int64_t i = 0; i < count; i++) {
+      place[i] = row * plan.width;
+      pruning.pack(x + i * M, tile, begin + i * M, place[i], plan.width,
+                   slots + i * slots_of_group, total[i], kept[i]);
       of_group += M, row += M;
       if (of_group == p.out_channels) of_group = row = 0;
       if (row == plan.out_block) row = 0;
     }
+    for (int64_t i = 0; i < count && !pruning.is_finished(); i++) {
+      pruning.finish(tile, begin + i * M, place[i], plan.width, slots + i * slots_of_group,
+                     total[i], kept[i]);
+    }
+    slots += count * slots_of_group;
   }
 }
 
@@ -594,7 +648,8 @@ inline void multiply(const Pair* pairs, int64_t slot, int64_t kept, const float*
   for (int64_t k = 0; k < kept; k++) {
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; r++) {
-      Floats value = Floats{} + slots[r][k * 2 * LANES];
+      // Minus zero: that changes no number, so that compilers make a load of it.
+      Floats value = slots[r][k * 2 * LANES] - Floats{};
       int32_t place;
       std::memcpy(&place, slots[r] + k * 2 * LANES + LANES, sizeof place);
       const float* row = slab + place;
@@ -623,6 +678,9 @@ void multiply_all(const Pair* pairs, int count, int64_t slot, int64_t kept, cons
   for (; i + ROWS <= count; i += ROWS) {
     for (int64_t f = 0; f < part; f += 16) __builtin_prefetch(next + f);
     next += part;
+    // The tile after this one, of which every position fetches a part.
+    const float* later = pairs[std::min(i + LANES, count - 1)].slots + slot * 2 * LANES;
+    for (int64_t k = i % LANES; k < kept; k += LANES) __builtin_prefetch(later + k * 2 * LANES);
     multiply<VECTORS, ROWS>(pairs + i, slot, kept, slab);
   }
   for (; i < count; i++) multiply<VECTORS, 1>(pairs + i, slot, kept, slab);
@@ -716,14 +774,21 @@ void multiply_block(const Problem& p, const Plan& plan, const Class& of, int64_t
     }
     position.advance(of.count);
   }
-  std::memset(accumulators, 0, count * plan.width * 4);
+  // Rows of the result that lie one after the other are as good a place for sums as any.
+  bool in_place = !p.is_bfloat16 && p.result_strides[1] == 1 && p.groups * plan.in_blocks == 1 &&
+                  p.in_channels == plan.width;
+  float* sums[BLOCK];
+  for (int i = 0; i < count; i++) {
+    sums[i] = in_place ? static_cast<float*>(p.result) + to[i] : accumulators + i * plan.width;
+    std::memset(sums[i], 0, plan.width * 4);
+  }
 
   slabs += (group * plan.in_blocks + in_block) * plan.taps * p.out_channels * plan.width;
   int64_t first_slot = group * p.out_channels / p.m * p.n;
   // Copies, which no write to memory changes.
   const uint64_t bound[3] = {uint64_t(p.output_size[0]), uint64_t(p.output_size[1]),
                               uint64_t(p.output_size[2])};
-  const uint64_t tile_floats = plan.tile_floats, width = plan.width;
+  const uint64_t tile_floats = plan.tile_floats;
   auto is_inside = [&](int d, int i, int64_t shift) {
     return uint64_t(coordinate[d][i] + shift) < bound[d];
   };
@@ -749,7 +814,7 @@ void multiply_block(const Problem& p, const Plan& plan, const Class& of, int64_t
           // Anything if it is not inside, and then not kept.
           uint64_t from = source[i] + shift;
           pairs[reached].slots = packed + from / LANES * tile_floats + from % LANES;
-          pairs[reached].accumulator = accumulators + i * width;
+          pairs[reached].accumulator = sums[i];
           reached += is_inside(2, i, shift_2);
         }
         int64_t tap = (index_0 * p.kernel[1] + index_1) * p.kernel[2] + index_2;
@@ -763,6 +828,7 @@ void multiply_block(const Problem& p, const Plan& plan, const Class& of, int64_t
       }
     }
   }
+  if (in_place) return;
   int64_t channels = std::min(plan.width, p.in_channels - in_block * plan.width);
   write(p, to, count, channels, accumulators, plan.width);
 }
