@@ -9,6 +9,7 @@ import signal
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import timm
@@ -107,12 +108,17 @@ def run(
         for batch, labels in training_batches(images, batch_size, seed)
     )
     losses: Losses = {name: [] for name in models}
-    finished = train(trained, itertools.islice(batches, total), losses, console, total, seed)
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    batches = itertools.islice(batches, total)
+    finished = train(trained, batches, losses, seconds, console, total, seed)
     if not any(losses.values()):
         raise KeyboardInterrupt
 
     accuracies = measure_accuracies(models, images, size, place, console)
-    results = [Result(name, tuple(losses[name]), accuracies.get(name)) for name in models]
+    results = [
+        Result(name, tuple(losses[name]), tuple(seconds[name]), accuracies.get(name))
+        for name in models
+    ]
     with ignored_interrupts():
         console.print(results_table(results, total), layers_table(decisions))
         draw(results, title, out)
@@ -214,11 +220,16 @@ def train(
     steps: dict[str, Step],
     batches: Iterator[tuple[Tensor, Tensor]],
     losses: Losses,
+    seconds: dict[str, list[float]],
     console: Console,
     total: int,
     seed: int,
 ) -> bool:
-    """Take each step in turn on every batch, adding to losses; return False if interrupted."""
+    """Take each step in turn on every batch, adding to losses and to seconds.
+
+    Returns:
+        Whether all steps were taken, without an interrupt.
+    """
     with display(console, total) as show, warnings.catch_warnings():
         # Autograd warns of an interrupt that meets it while a network is traced.
         warnings.filterwarnings("ignore", "Error detected in")
@@ -227,7 +238,9 @@ def train(
                 for name, step in steps.items():
                     show("training" if losses[name] else f"compiling {name}", losses)
                     torch.manual_seed(seed + number)  # The same dropout in both networks.
+                    begin = perf_counter()
                     losses[name].append(step(images, labels))
+                    seconds[name].append(perf_counter() - begin)
             show("trained", losses)
         except KeyboardInterrupt:
             show("interrupted", losses)

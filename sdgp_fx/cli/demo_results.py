@@ -6,7 +6,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 
 import torch
 import torch.nn.functional as F
@@ -29,21 +29,29 @@ class Result:
 
     Attributes:
         losses: Of the training steps.
+        seconds: Of the training steps, of which the first compiles.
         accuracy: On the test images; None if the test was interrupted.
     """
 
     name: str
     losses: tuple[float, ...]
+    seconds: tuple[float, ...]
     accuracy: float | None
+
+    @property
+    def step_ms(self) -> float | None:
+        """The median of all steps but the first; None if there are no others."""
+        return median(self.seconds[1:]) * 1e3 if len(self.seconds) > 1 else None
 
 
 def results_table(results: Sequence[Result], total: int) -> Table:
-    """Make a table of the networks' losses and accuracies."""
+    """Make a table of the networks' losses, accuracies and step times."""
     table = Table(title="Results", title_justify="left", title_style="bold")
     table.add_column("network")
     table.add_column("steps", justify="right")
     table.add_column("test accuracy", justify="right")
     table.add_column(f"training loss,\nmean of last {LAST} steps", justify="right")
+    table.add_column("a step,\nmedian ms", justify="right")
     for result in results:
         last = result.losses[-LAST:]
         table.add_row(
@@ -51,6 +59,7 @@ def results_table(results: Sequence[Result], total: int) -> Table:
             f"{len(result.losses)} of {total}",
             percent(result.accuracy),
             f"{fmean(last):.4f}" if last else NOT_MEASURED,
+            NOT_MEASURED if result.step_ms is None else f"{result.step_ms:.1f}",
         )
     return table
 
@@ -61,6 +70,8 @@ def layers_table(decisions: Sequence[Decision]) -> Table:
     table.add_column("input gradient")
     table.add_column("layers", justify="right")
     table.add_row("pruned", str(sum(decision.pruned for decision in decisions)))
+    skipped = sum(decision.product == "sparse" for decision in decisions)
+    table.add_row("of these, zeros are skipped in", str(skipped))
     reasons = Counter(decision.reason for decision in decisions if not decision.pruned)
     for reason, count in reasons.most_common():
         table.add_row(f"dense: {reason}", str(count))

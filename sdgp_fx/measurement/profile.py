@@ -1,8 +1,8 @@
 """Profile a network: times of its convolutions and its training step, and what pruning may save.
 
 After McDanel et al. 2022: forward, input gradient and weight gradient of every layer (Fig. 9), and
-the estimate of Fig. 10, by which a product with n of m values takes n / m of its time. The step
-that is measured beside it multiplies the pruned gradients as dense ones.
+the estimate of Fig. 10, by which a product with n of m values takes n / m of its time. In the steps
+that are measured beside it, each layer has the product that `sdgp.product` chooses.
 """
 
 from __future__ import annotations
@@ -79,7 +79,8 @@ def measure_steps(
         begin: Called with what is compiled next.
 
     Returns:
-        "stock", "2:4" and so on -> "ms", and "low_ms" and "high_ms", the quartiles.
+        "stock", "2:4" and so on -> "ms", with the quartiles "low_ms" and "high_ms"; and "ratio" to
+        stock's step of the same round, with "ratio_low" and "ratio_high".
     """
     torch.manual_seed(0)
     network: Any = workload.build().to(workload.device)
@@ -96,10 +97,16 @@ def measure_steps(
         compiled = torch.compile(model, backend=backend, options=settings)
         steps[name] = make_step(compiled, model, images, labels, workload.torch_dtype)
         steps[name]()
-    return {
-        name: {"ms": time.median * 1e3, "low_ms": time.low * 1e3, "high_ms": time.high * 1e3}
-        for name, time in timing.measure(steps, workload.device, seconds).items()
-    }
+    samples = timing.sample(steps, workload.device, seconds)
+    rows: dict[str, Row] = {}
+    for name, column in samples.items():
+        time = timing.summarize(column)
+        pairs = zip(column, samples[STOCK], strict=True)
+        ratio = timing.summarize([step / stock for step, stock in pairs])
+        row = {"ms": time.median * 1e3, "low_ms": time.low * 1e3, "high_ms": time.high * 1e3}
+        ratios = {"ratio": ratio.median, "ratio_low": ratio.low, "ratio_high": ratio.high}
+        rows[name] = {**row, **ratios}
+    return rows
 
 
 def describe(

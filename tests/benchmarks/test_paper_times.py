@@ -30,7 +30,8 @@ def timed(monkeypatch):
 def test_figures_9_and_10_share_what_was_measured(timed, capsys, tmp_path, monkeypatch):
     def measure_steps(workload, inner, patterns, seconds, begin):
         timed.append(["stock", *(f"{n}:{m}" for n, m in patterns)])
-        return {name: {"ms": 90.0, "low_ms": 80.0, "high_ms": 95.0} for name in timed[-1]}
+        ratio = {"ratio": 0.9, "ratio_low": 0.8, "ratio_high": 1.0}
+        return {name: {"ms": 90.0, "low_ms": 80.0, "high_ms": 95.0, **ratio} for name in timed[-1]}
 
     monkeypatch.setattr(times, "measure_steps", measure_steps)
     out, pictures = tmp_path / "times.json", [tmp_path / f"{name}.png" for name in times.FIGURES]
@@ -40,13 +41,16 @@ def test_figures_9_and_10_share_what_was_measured(timed, capsys, tmp_path, monke
         assert paper([name, *arguments, "--out", str(out), "--picture", str(picture)]) == 0
     shown = capsys.readouterr().out
     measured = len(timed)
-    assert timed[-1] == ["stock", "2:4"]
+    patterns = [f"{n}:{m}" for n, m in times.PATTERNS]
+    assert timed[-1] == ["stock", *patterns]
     assert shown.count("31.82%") == 2
     assert shown.count("33.17%") == 2
-    assert "measured step, sdgp 2:4: 90.0 ms, quartiles 80.0 to 95.0" in shown
+    assert "measured step, stock: 90.0 ms, quartiles 80.0 to 95.0\n" in shown
+    measured_step = "sdgp 1:4: 90.0 ms, quartiles 80.0 to 95.0; 0.900 (0.800 to 1.000) of stock"
+    assert measured_step in shown
     assert "83.4%" in shown  # 1 - 33.17% / 2
     rows = json.loads(out.read_text())["rows"]
-    assert [row.get("step") for row in rows] == [None] * 15 + ["stock", "2:4"]
+    assert [row.get("step") for row in rows] == [None] * 15 + ["stock", *patterns]
     first, second = (imread(picture) for picture in pictures)
     assert first.shape == second.shape
     assert (first != second).any()

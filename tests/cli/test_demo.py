@@ -78,8 +78,12 @@ def test_a_short_run_learns_and_shows_what_it_measured(tmp_path, capsys, drawn):
         assert len(result.losses) == 50
         assert result.accuracy > 0.5
         last = sum(result.losses[-20:]) / 20
-        assert row(out, name) == [name, "50 of 50", f"{result.accuracy:.1%}", f"{last:.4f}"]
+        assert len(result.seconds) == 50
+        assert 0 < result.step_ms < min(result.seconds[0] * 1e3, sum(result.seconds) * 1e3 / 25)
+        cells = [name, "50 of 50", f"{result.accuracy:.1%}", f"{last:.4f}", f"{result.step_ms:.1f}"]
+        assert row(out, name) == cells
     assert row(out, "pruned") == ["pruned", str(PRUNED)]
+    assert row(out, "of these, zeros are skipped in")[1] == "0"  # In layers this small.
     assert row(out, "dense: no") == ["dense: no input gradient", "1"]
     assert str(picture) in out
     pixels = imread(picture)
@@ -189,10 +193,12 @@ def test_an_interrupt_in_training_leaves_what_was_measured(tmp_path):
     assert code == 130
     assert "Traceback" not in err
     for name in ("dense", "SDGP"):
-        _, steps, accuracy, loss = row(out, name)
+        _, steps, accuracy, loss, milliseconds = row(out, name)
         assert re.fullmatch(r"[1-9]\d* of 100000", steps)
         assert re.fullmatch(r"\d+\.\d%", accuracy)
         assert float(loss) > 0
+        if not steps.startswith("1 of"):
+            assert float(milliseconds) > 0
     assert row(out, "pruned") == ["pruned", str(PRUNED)]
     assert imread(picture).size
 

@@ -36,17 +36,10 @@ NETWORKS = [
     "mobilenetv3_small_050",
     "ese_vovnet19b_slim_dw",
     "fasternet_t0",
-    "lcnetv2_small",
-    "pit_ti_224",
     "inception_next_atto",
     "vit_tiny_r_s16_p8_224",
-    "skresnet18",
     "resnetv2_18",
-    "poolformerv2_s12",
     "resnest14d",
-    "pvt_v2_b0",
-    "edgenext_xx_small",
-    "dla46x_c",
     "cs3darknet_focus_s",
     "mobilevit_xxs",
 ]
@@ -83,11 +76,10 @@ def step(network, inputs, forward):
     return output, {n: p.grad for n, p in network.named_parameters() if p.grad is not None}
 
 
-def compare(network, inputs, checked, stock="eager"):
-    """Compare sdgp with dense training by a stock backend, and with SDGP in eager mode."""
+def compare(network, inputs, checked):
+    """Compare sdgp with dense training, and with SDGP in eager mode."""
     dense_network, definition = copy.deepcopy(network), copy.deepcopy(network)
-    compiled = dense_network if stock == "eager" else torch.compile(dense_network, backend=stock)
-    output, dense = step(dense_network, inputs, lambda x: compiled(*x))
+    output, dense = step(dense_network, inputs, lambda x: dense_network(*x))
     _, expected = step(definition, inputs, lambda x: eager_sdgp(definition, TARGETS)(*x))
     compiled = torch.compile(network, backend="sdgp", options=OPTIONS)
     pruned_output, result = step(network, inputs, lambda x: compiled(*x))
@@ -118,14 +110,9 @@ def test_network_of_timm(name, checked):
     assert {decision.module for decision in decisions} <= names
 
 
-@pytest.mark.parametrize(
-    ("name", "stock"),
-    # Interpolation in eager mode is another kernel than what AOTAutograd makes of it.
-    [("squeezenet1_1", "eager"), ("lraspp_mobilenet_v3_large", "aot_eager")],
-)
-def test_network_of_torchvision(name, stock, checked):
-    architecture = Architecture("torchvision", name, "")
-    assert compare(architecture.build(), architecture.inputs(SIZE), checked, stock)
+def test_network_of_torchvision(checked):
+    architecture = Architecture("torchvision", "squeezenet1_1", "")
+    assert compare(architecture.build(), architecture.inputs(SIZE), checked)
 
 
 class Backbone(nn.Module):

@@ -195,7 +195,7 @@ struct Problem {
 
 constexpr int MAX_M = 32;
 constexpr int BLOCK = 128;                // Positions of the result.
-constexpr int64_t CHUNK_BYTES = 1 << 21;  // Of packed gradient, for each thread.
+constexpr int64_t CHUNK_BYTES = 1 << 19;  // Of packed gradient, for each thread.
 constexpr int64_t SLAB_BYTES = 1 << 14;
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -631,9 +631,10 @@ struct Pair {
   float* accumulator;
 };
 
-// Add what ROWS positions get through one slab.
+// Add what ROWS positions get through one slab, to nothing if it is their first.
 template <int VECTORS, int ROWS>
-inline void multiply(const Pair* pairs, int64_t slot, int64_t kept, const float* slab) {
+inline void multiply(const Pair* pairs, int64_t slot, int64_t kept, const float* slab,
+                     bool is_first) {
   const float* slots[ROWS];
   float* accumulator[ROWS];
   Floats sum[ROWS][VECTORS];
@@ -642,7 +643,9 @@ inline void multiply(const Pair* pairs, int64_t slot, int64_t kept, const float*
     slots[r] = pairs[r].slots + slot * 2 * LANES;
     accumulator[r] = pairs[r].accumulator;
 #pragma GCC unroll 12
-    for (int v = 0; v < VECTORS; v++) sum[r][v] = load(accumulator[r] + v * LANES);
+    for (int v = 0; v < VECTORS; v++) {
+      sum[r][v] = is_first ? Floats{} : load(accumulator[r] + v * LANES);
+    }
   }
 #pragma GCC unroll 8
   for (int64_t k = 0; k < kept; k++) {
@@ -668,7 +671,7 @@ inline void multiply(const Pair* pairs, int64_t slot, int64_t kept, const float*
 
 template <int VECTORS>
 void multiply_all(const Pair* pairs, int count, int64_t slot, int64_t kept, const float* slab,
-                  int64_t slab_floats) {
+                  int64_t slab_floats, bool is_first) {
   // As many as registers hold, and no more than hide how long a multiply-add takes.
   constexpr int ROWS = std::clamp((REGISTERS == 32 ? 24 : 12) / VECTORS, 1, 4);
   // The next slab follows in memory. Fetch it on the way, a part with every step.
@@ -681,12 +684,12 @@ void multiply_all(const Pair* pairs, int count, int64_t slot, int64_t kept, cons
     // The tile after this one, of which every position fetches a part.
     const float* later = pairs[std::min(i + LANES, count - 1)].slots + slot * 2 * LANES;
     for (int64_t k = i % LANES; k < kept; k += LANES) __builtin_prefetch(later + k * 2 * LANES);
-    multiply<VECTORS, ROWS>(pairs + i, slot, kept, slab);
+    multiply<VECTORS, ROWS>(pairs + i, slot, kept, slab, is_first);
   }
-  for (; i < count; i++) multiply<VECTORS, 1>(pairs + i, slot, kept, slab);
+  for (; i < count; i++) multiply<VECTORS, 1>(pairs + i, slot, kept, slab, is_first);
 }
 
-using MultiplyAll = void (*)(const Pair*, int, int64_t, int64_t, const float*, int64_t);
+using MultiplyAll = void (*)(const Pair*, int, int64_t, int64_t, const float*, int64_t, bool);
 constexpr MultiplyAll MULTIPLY_ALL[] = {
     nullptr,         multiply_all<1>, multiply_all<2>,  multiply_all<3>,  multiply_all<4>,
     multiply_all<5>, multiply_all<6>, multiply_all<7>,  multiply_all<8>,  multiply_all<9>,
@@ -716,6 +719,7 @@ struct Class {
   }
 
   int64_t size() const { return count[0] * count[1] * count[2]; }
+  int64_t tap_count() const { return taps[0].size() * taps[1].size() * taps[2].size(); }
 };
 
 std::vector<Class> find_classes(const Problem& p) {
@@ -774,14 +778,20 @@ void multiply_block(const Problem& p, const Plan& plan, const Class& of, int64_t
     }
     position.advance(of.count);
   }
-  // Rows of the result that lie one after the other are as good a place for sums as any.
-  bool in_place = !p.is_bfloat16 && p.result_strides[1] == 1 && p.groups * plan.in_blocks == 1 &&
-                  p.in_channels == plan.width;
+  // Sums lie in the result where its rows are whole vectors, if they are close together or are not
+  // read again. Of a single tap nothing has to be zero before.
+  bool has_one_tap = of.tap_count() == 1;
+  bool in_place = !p.is_bfloat16 && p.result_strides[1] == 1 && p.in_channels % plan.width == 0 &&
+                  (p.groups * plan.in_blocks == 1 ||
+                   (has_one_tap && p.out_channels <= plan.out_block));
   float* sums[BLOCK];
   for (int i = 0; i < count; i++) {
     sums[i] = in_place ? static_cast<float*>(p.result) + to[i] : accumulators + i * plan.width;
-    std::memset(sums[i], 0, plan.width * 4);
   }
+  auto clear = [&] {
+    for (int i = 0; i < count; i++) std::memset(sums[i], 0, plan.width * 4);
+  };
+  if (!has_one_tap) clear();
 
   slabs += (group * plan.in_blocks + in_block) * plan.taps * p.out_channels * plan.width;
   int64_t first_slot = group * p.out_channels / p.m * p.n;
@@ -818,12 +828,15 @@ void multiply_block(const Problem& p, const Plan& plan, const Class& of, int64_t
           reached += is_inside(2, i, shift_2);
         }
         int64_t tap = (index_0 * p.kernel[1] + index_1) * p.kernel[2] + index_2;
+        bool is_first = has_one_tap && reached == count;
+        if (has_one_tap && !is_first) clear();
         for (int64_t out = 0; out < p.out_channels; out += plan.out_block) {
           int64_t channels = std::min(plan.out_block, p.out_channels - out);
           MULTIPLY_ALL[plan.vectors](pairs, reached, first_slot + out / p.m * p.n,
                                      channels / p.m * p.n,
                                      slabs + (tap * p.out_channels + out) * plan.width,
-                                     channels * plan.width);
+                                     channels * plan.width, is_first);
+          is_first = false;
         }
       }
     }
