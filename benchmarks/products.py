@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sdgp_fx import SDGPConfig, explain
 from sdgp_fx.arguments import pattern, positive
-from sdgp_fx.config import PRUNING_FUNCTIONS, TARGETS
+from sdgp_fx.config import PRUNING_FUNCTIONS
 from sdgp_fx.kernels.op import STOCHASTIC
 from sdgp_fx.kernels.sparse.op import why_not_sparse
 from sdgp_fx.measurement import timing
@@ -205,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_models(("resnet18",))
     parser.add_dtype(("float32", "bfloat16"), "float32")
     parser.add_memory_format()
-    parser.add_argument("--targets", default="conv", help=f"{' or '.join(TARGETS)} (%(default)s)")
+    parser.add_targets()
     kept = "values kept of every m channels"
     parser.add_list("--pattern", "patterns", PATTERNS, kept, metavar="N:M", type=pattern)
     parser.add_argument(

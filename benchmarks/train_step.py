@@ -252,6 +252,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--mode", choices=modes, default="default", help="of torch.compile (%(default)s)")
     parser.add_inner()
     parser.add_pruning()
+    parser.add_targets()
     also = "another pattern, timed in turn with the others"
     parser.add_list("--also", "also", (), also, metavar="N:M", type=pattern)
     compiles = "how often to compile each network (%(default)s)"

@@ -63,6 +63,27 @@ def device():
 
 
 @pytest.fixture
+def timed(monkeypatch):
+    """Call what is to be timed once, as if it took a millisecond; return what is, in order."""
+    from sdgp_fx.measurement import timing
+
+    seen = []
+
+    def sample(functions, device, seconds, clock=None):
+        for function in functions.values():
+            function()
+        seen.append(list(functions))
+        return {name: [0.5e-3, 0.5e-3, 1e-3, 2e-3, 2e-3] for name in functions}
+
+    def measure(functions, device, seconds, calls=1):
+        return {name: timing.summarize(s) for name, s in sample(functions, device, seconds).items()}
+
+    monkeypatch.setattr(timing, "sample", sample)
+    monkeypatch.setattr(timing, "measure", measure)
+    return seen
+
+
+@pytest.fixture
 def rewritten(monkeypatch):
     """Record the graphs that go through the pass, as (graph, decisions), in order."""
     from sdgp_fx import graph_pass

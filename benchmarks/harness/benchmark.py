@@ -18,7 +18,7 @@ from .terminal import print_table
 AUTO = "auto"
 # Settings that become part of each workload, and those that become the config.
 _WORKLOAD = ("batch", "size", "dtype", "memory_format")
-_CONFIG = ("n", "m", "prune", "rescale", "structure", "layers", "product")
+_CONFIG = ("n", "m", "prune", "rescale", "structure", "layers", "product", "targets")
 
 
 class Task(NamedTuple):
@@ -60,7 +60,8 @@ class Benchmark:
         else:
             rest["device"] = device
         if "structure" in rest:
-            rest["config"] = SDGPConfig(**{name: rest.pop(name) for name in _CONFIG})
+            given = {name: rest.pop(name) for name in _CONFIG if name in rest}
+            rest["config"] = SDGPConfig(**given)
         return self.plan(**rest)
 
     def show(self, report: Report) -> None:
@@ -76,7 +77,8 @@ class Benchmark:
 
 def options_of(config: SDGPConfig) -> dict[str, Any]:
     """Return what the command line has set of config, for a row."""
-    return {name: getattr(config, name) for name in _CONFIG}
+    options = {name: getattr(config, name) for name in _CONFIG}
+    return {**options, "targets": ",".join(config.targets)}
 
 
 def _take_workloads(settings: dict[str, Any], device: torch.device) -> list[Workload]:

@@ -17,6 +17,7 @@ from sdgp_fx.config import (
     PRUNING_FUNCTIONS,
     RESCALE_SCOPES,
     STRUCTURES,
+    TARGETS,
 )
 from sdgp_fx.measurement.workload import MEMORY_FORMATS
 
@@ -100,6 +101,11 @@ class Parser(OneLineParser):
         add("--structure", choices=STRUCTURES, default=STRUCTURES[0], help="(%(default)s)")
         add("--layers", choices=LAYERS, default=LAYERS[0], help="(%(default)s)")
         add("--product", choices=PRODUCTS, default=PRODUCTS[0], help="(%(default)s)")
+
+    def add_targets(self) -> None:
+        """Add --targets, of SDGPConfig."""
+        targets = f"{' or '.join(TARGETS)}, or both with a comma (%(default)s)"
+        self.add_argument("--targets", default=TARGETS[0], help=targets)
 
     def add_inner(self) -> None:
         """Add --inner, of SDGPConfig."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..config import SDGPConfig
@@ -54,30 +55,40 @@ def is_profitable(layer: Layer, config: SDGPConfig) -> bool:
 class SparseCost(NamedTuple):
     """What a product that skips zeros costs, in multiply-adds of the dense one.
 
+    Of values and calls, what it costs more than the dense one.
+
     Attributes:
-        mac: Per multiply-add that it makes, which loads a vector.
+        mac: Per multiply-add that it makes, which loads a vector. Channels are padded to whole
+            vectors.
+        broadcast: Per multiply-add, for what all of a row share: divided by the row's vectors.
         value: Per value of grad_output, which is pruned and packed.
-        result: Per value of the input gradient, which is summed in memory and copied.
-        pair: Per position of the input gradient, tap and block of input channels: a sum is loaded
-            and stored.
+        choice: Per value of grad_output and per value kept of a group: each is chosen from all.
+        result: Per value of the input gradient.
+        pair: Per position of grad_output, tap, row and slab: sums are loaded and stored.
         weight: Per value of the weight, which is packed.
         call: Per layer.
-        block: Input channels of a block.
     """
 
     mac: float
+    broadcast: float
     value: float
+    choice: float
     result: float
     pair: float
     weight: float
     call: float
-    block: int
 
 
-# Estimated from times on AMD EPYC in float32 with two threads (AVX2), 2:4, 1:4 and 2:16. What is
-# saved has to be more than MARGIN of the product.
-SPARSE_COST = {"cpu": SparseCost(1.5, 45, 30, 150, 40, 5e5, 64)}
+# Fitted to times on AMD EPYC in float32 with two threads (AVX2), of python -m benchmarks.products.
+# What is saved has to be more than MARGIN of the product.
+SPARSE_COST = {"cpu": SparseCost(1.5, 1.3, 20, 6, 12, 130, 6, 3e6)}
 MARGIN = 0.03
+
+# Of float32 in a vector of the CPU; vectors of a row of sums; output channels of a slab. As in
+# kernels/sparse/pruned_input_grad.cpp.
+LANES = {"AVX512": 16, "AVX2": 8}
+ROW_VECTORS = 8
+SLAB_CHANNELS = 64
 
 
 def is_sparse_faster(layer: Layer, config: SDGPConfig) -> bool:
@@ -90,11 +101,16 @@ def is_sparse_faster(layer: Layer, config: SDGPConfig) -> bool:
     if cost is None:
         return True
     values, results, weights = grad_output.numel(), layer.input_grad.numel(), weight.numel()
-    channels = layer.input.meta["val"].shape[layer.channel_dim] // layer.groups
-    taps = math.prod(weight.shape[2:])
-    blocks = -(-channels // cost.block)
-    least = cost.mac * layer.macs * config.n / config.m + cost.value * values
-    least += cost.result * results + cost.pair * taps * blocks * (results // channels)
+    in_channels = layer.input.meta["val"].shape[layer.channel_dim] // layer.groups
+    out_channels = layer.channels // layer.groups
+    lanes = LANES.get(torch.backends.cpu.get_cpu_capability(), 4)
+    vectors = -(-in_channels // lanes)
+    of_row = min(vectors, ROW_VECTORS)
+    macs = layer.macs * config.n / config.m * (vectors * lanes / in_channels)
+    rows = math.prod(weight.shape[2:]) * -(-vectors // of_row) * -(-out_channels // SLAB_CHANNELS)
+    least = macs * (cost.mac + cost.broadcast / of_row)
+    least += values * (cost.value + cost.choice * config.n) + results * cost.result
+    least += values // out_channels * rows * cost.pair
     if isinstance(values, int) and isinstance(weights, int):
         least += cost.weight * weights + cost.call
     return statically_known_true(least <= layer.macs * (1 - MARGIN))

@@ -9,22 +9,6 @@ pytest.importorskip("timm", reason="needs timm")
 
 from benchmarks.paper import times
 from benchmarks.paper.__main__ import main as paper
-from sdgp_fx.measurement.timing import Timing
-
-
-@pytest.fixture
-def timed(monkeypatch):
-    """Run every product and step once, untimed, as if each took a millisecond."""
-    seen = []
-
-    def measure(functions, device, seconds, calls=1):
-        for function in functions.values():
-            function()
-        seen.append(list(functions))
-        return {name: Timing(1e-3, 0.5e-3, 2e-3, 5) for name in functions}
-
-    monkeypatch.setattr("sdgp_fx.measurement.timing.measure", measure)
-    return seen
 
 
 def test_figures_9_and_10_share_what_was_measured(timed, capsys, tmp_path, monkeypatch):

@@ -8,7 +8,6 @@ from matplotlib.image import imread
 
 from sdgp_fx.cli.main import main
 from sdgp_fx.measurement import pictures
-from sdgp_fx.measurement.timing import Timing
 
 TINY = ["--batch", "2", "--size", "32", "--seconds", "0.001", "--inner", "aot_eager"]
 
@@ -17,21 +16,6 @@ TINY = ["--batch", "2", "--size", "32", "--seconds", "0.001", "--inner", "aot_ea
 def _on_the_cpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("COLUMNS", "120")
-
-
-@pytest.fixture
-def timed(monkeypatch):
-    """Run every product and step once, untimed, as if each took a millisecond."""
-    seen = []
-
-    def measure(functions, device, seconds, calls=1):
-        for function in functions.values():
-            function()
-        seen.append(list(functions))
-        return {name: Timing(1e-3, 0.5e-3, 2e-3, 5) for name in functions}
-
-    monkeypatch.setattr("sdgp_fx.measurement.timing.measure", measure)
-    return seen
 
 
 def test_profile_measures_and_shows(timed, capsys, tmp_path, rewritten):
