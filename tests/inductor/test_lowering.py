@@ -71,6 +71,8 @@ def no_code_of_another_lowering():
         yield
 
 
+# Compiled with all optimizations, as for users.
+@inductor_config.patch({"cpp.cxx": (None, "g++")})
 @pytest.mark.parametrize(
     ("dtype", "memory_format"),
     [
