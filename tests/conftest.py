@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import pickle
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +15,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # Every core has its own process: threads, and processes that compile, would only add to them.
     # Must be set before torch is imported.
     os.environ |= {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-if shutil.which("g++"):
-    os.environ.setdefault("CXX", str(Path(__file__).parent / "helpers" / "g++"))
 
 import numpy as np
 import torch

@@ -67,7 +67,12 @@ def explain(
             what came before, and has a warning.
     """
     config, _ = SDGPConfig.from_options(options)
-    decompositions = select_decomp_table() if config.inner == "inductor" else {}
+    decompositions = {}
+    if config.inner == "inductor":
+        # Some decompositions take it for imported.
+        from torch._inductor import lowering  # noqa: F401
+
+        decompositions = select_decomp_table()
     model = getattr(model, "_orig_mod", model)  # Of a model that is compiled already.
     names = _first_names(model)
     layers: list[LayerReport] = []

@@ -9,6 +9,7 @@ import logging
 import random
 import re
 import resource
+import subprocess
 import sys
 import threading
 import warnings
@@ -830,3 +831,18 @@ def test_command_help_has_examples(capsys):
         command.main(["explain", "--help"])
     assert exit_.value.code == 0
     assert "explain resnet50;" in capsys.readouterr().out
+
+
+def test_in_a_process_that_has_compiled_nothing():
+    """Inductor decomposes max pooling with what it has otherwise imported by then."""
+    code = """
+import torch
+import sdgp_fx
+
+model = torch.nn.Sequential(
+    torch.nn.Conv2d(3, 8, 3), torch.nn.MaxPool2d(3, 2, 1), torch.nn.Conv2d(8, 8, 3)
+)
+print(*(layer.pruned for layer in sdgp_fx.explain(model, torch.randn(2, 3, 16, 16))))
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.stdout.split() == ["False", "True"], run.stderr

@@ -33,15 +33,11 @@ NETWORKS = [
     "test_byobnet",
     "test_coatnet",
     "starnet_s050",
-    "mobilenetv3_small_050",
     "ese_vovnet19b_slim_dw",
     "fasternet_t0",
-    "inception_next_atto",
     "vit_tiny_r_s16_p8_224",
     "resnetv2_18",
-    "resnest14d",
     "cs3darknet_focus_s",
-    "mobilevit_xxs",
 ]
 SIZE = 32
 
