@@ -69,8 +69,8 @@ def explain(
     config, _ = SDGPConfig.from_options(options)
     decompositions = {}
     if config.inner == "inductor":
-        # Some decompositions take it for imported.
-        from torch._inductor import lowering  # noqa: F401
+        # Some decompositions take Inductor's lowerings for imported.
+        from ..inductor import lowering  # noqa: F401
 
         decompositions = select_decomp_table()
     model = getattr(model, "_orig_mod", model)  # Of a model that is compiled already.
