@@ -109,8 +109,8 @@ def run(
     )
     losses: Losses = {name: [] for name in models}
     seconds: dict[str, list[float]] = {name: [] for name in models}
-    batches = itertools.islice(batches, total)
-    finished = train(trained, batches, losses, seconds, console, total, seed)
+    first = itertools.islice(batches, total)
+    finished = train(trained, first, losses, seconds, console, total, seed)
     if not any(losses.values()):
         raise KeyboardInterrupt
 
