@@ -16,7 +16,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
@@ -195,9 +195,9 @@ def module_name(path: str) -> str:
     rest = path
     while rest:
         ends = [i for i, char in enumerate(rest) if char in ".[" and i] + [len(rest)]
-        end = next((i for i in reversed(ends) if _parsed(rest[:i])), ends[0])
+        end = next((i for i in reversed(ends) if _is_path(_parsed(rest[:i]))), ends[0])
         expression = _parsed(rest[:end])
-        steps += [rest[:end]] if expression is None else _steps(expression)
+        steps += _steps(expression) if _is_path(expression) else [rest[:end]]
         rest = rest[end:]
         if rest.startswith("."):  # Then this attribute is none.
             attribute = rest[1:].partition("[")[0].partition(".")[0]
@@ -211,6 +211,18 @@ def module_name(path: str) -> str:
         elif step not in ("_modules", "__dict__"):
             kept.append(step)
     return without_wrappers(".".join(kept))
+
+
+def _is_path(expression: ast.expr | None) -> TypeGuard[ast.expr]:
+    """Whether an expression leads by attributes and keys to a value: "block-0" does not."""
+    match expression:
+        case ast.Name():
+            return True
+        case ast.Attribute(value=owner) | ast.Subscript(value=owner, slice=ast.Constant()):
+            return _is_path(owner)
+        case ast.Call(func=ast.Name(id="getattr"), args=[owner, ast.Constant()]):
+            return _is_path(owner)
+    return False
 
 
 def _steps(expression: ast.expr) -> list[str]:

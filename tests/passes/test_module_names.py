@@ -501,6 +501,7 @@ def test_name_from_a_path(path):
         ("""L['self'].d._modules["e'f"].0.1""", "d.e'f.0.1"),
         ("L['self'].d._modules['g[0]'].conv", "d.g[0].conv"),
         ("L['self'].d._modules2", "d._modules2"),
+        ("L['self'].stem.block1-0.proj.0", "stem.block1-0.proj.0"),
     ],
 )
 def test_name_from_a_path_of_odd_keys(path, name):
