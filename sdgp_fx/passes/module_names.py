@@ -16,7 +16,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
@@ -195,9 +195,9 @@ def module_name(path: str) -> str:
     rest = path
     while rest:
         ends = [i for i, char in enumerate(rest) if char in ".[" and i] + [len(rest)]
-        end = next((i for i in reversed(ends) if _is_path(_parsed(rest[:i]))), ends[0])
-        expression = _parsed(rest[:end])
-        steps += _steps(expression) if _is_path(expression) else [rest[:end]]
+        end = next((i for i in reversed(ends) if _steps(_parsed(rest[:i])) is not None), ends[0])
+        found = _steps(_parsed(rest[:end]))
+        steps += [rest[:end]] if found is None else found
         rest = rest[end:]
         if rest.startswith("."):  # Then this attribute is none.
             attribute = rest[1:].partition("[")[0].partition(".")[0]
@@ -213,32 +213,24 @@ def module_name(path: str) -> str:
     return without_wrappers(".".join(kept))
 
 
-def _is_path(expression: ast.expr | None) -> TypeGuard[ast.expr]:
-    """Whether an expression leads by attributes and keys to a value: "block-0" does not."""
-    match expression:
-        case ast.Name():
-            return True
-        case ast.Attribute(value=owner) | ast.Subscript(value=owner, slice=ast.Constant()):
-            return _is_path(owner)
-        case ast.Call(func=ast.Name(id="getattr"), args=[owner, ast.Constant()]):
-            return _is_path(owner)
-    return False
+def _steps(expression: ast.expr | None) -> list[str] | None:
+    """Return the attributes and keys by which an expression gets from its variable to its value.
 
-
-def _steps(expression: ast.expr) -> list[str]:
-    """Return the attributes and keys by which an expression gets from its variable to its value."""
+    None if it does anything else: "block-0" is a difference.
+    """
     match expression:
-        case ast.Subscript(value=ast.Name(id="L" | "G")):
+        case ast.Subscript(value=ast.Name(id="L" | "G"), slice=ast.Constant()):
             return []
         case ast.Name(id=name):
             return [name]
-        case ast.Attribute(value=owner, attr=name):
-            return [*_steps(owner), name]
-        case ast.Subscript(value=owner, slice=ast.Constant(value=key)):
-            return [*_steps(owner), str(key)]
-        case ast.Call(func=ast.Name(id="getattr"), args=[owner, ast.Constant(value=key)]):
-            return [*_steps(owner), str(key)]
-    return [ast.unparse(expression)]
+        case (
+            ast.Attribute(value=owner, attr=key)
+            | ast.Subscript(value=owner, slice=ast.Constant(value=key))
+            | ast.Call(func=ast.Name(id="getattr"), args=[owner, ast.Constant(value=key)])
+        ):
+            above = _steps(owner)
+            return None if above is None else [*above, str(key)]
+    return None
 
 
 def _value(expression: ast.expr | None, scope: Mapping[str, Any]) -> Any:
