@@ -88,9 +88,7 @@ def measure(
     times = timing.sample(timed, workload.device, seconds)
     rows = []
     for n, m in patterns:
-        # Of one round: what slows the machine down meets both alike.
-        pairs = zip(times[n, m], times["dense"], strict=True)
-        ratio = timing.summarize([sparse / dense for sparse, dense in pairs])
+        ratio = timing.ratio(times[n, m], times["dense"])
         sparse, library = (
             timing.summarize([time / len(operands) for time in times[name]])
             for name in ((n, m), "dense")

@@ -189,9 +189,7 @@ def measure(
             row[f"{column}_compile_s"] = statistics.median(first[name])
             row[f"{column}_peak_bytes"] = peaks[name]
             row[f"{column}_first_loss"] = losses[name]
-        # Of steps of one round: what slows the machine for longer than that cancels.
-        pairs = zip(samples[ours], samples[STOCK], strict=True)
-        ratio = timing.summarize([sdgp / stock for sdgp, stock in pairs])
+        ratio = timing.ratio(samples[ours], samples[STOCK])
         row["ratio"], row["ratio_low"], row["ratio_high"] = ratio.median, ratio.low, ratio.high
         row["compile_ratio"] = row["sdgp_compile_s"] / row["stock_compile_s"]
         row["loss_difference"] = abs(losses[ours] - losses[STOCK])

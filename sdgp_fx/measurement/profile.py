@@ -101,8 +101,7 @@ def measure_steps(
     rows: dict[str, Row] = {}
     for name, column in samples.items():
         time = timing.summarize(column)
-        pairs = zip(column, samples[STOCK], strict=True)
-        ratio = timing.summarize([step / stock for step, stock in pairs])
+        ratio = timing.ratio(column, samples[STOCK])
         row = {"ms": time.median * 1e3, "low_ms": time.low * 1e3, "high_ms": time.high * 1e3}
         ratios = {"ratio": ratio.median, "ratio_low": ratio.low, "ratio_high": ratio.high}
         rows[name] = {**row, **ratios}

@@ -172,6 +172,14 @@ def _nothing() -> None:
     pass
 
 
+def ratio(times: Sequence[float], others: Sequence[float]) -> Timing:
+    """Summarize times relative to others of the same rounds, as from `sample`.
+
+    What slows the machine down for a round meets both alike.
+    """
+    return summarize([time / other for time, other in zip(times, others, strict=True)])
+
+
 def summarize(samples: Sequence[float]) -> Timing:
     """Summarize the seconds of one function's calls."""
     low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
