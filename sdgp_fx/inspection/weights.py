@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping
-from typing import Any
+from collections.abc import Collection, Mapping
 
 from torch import fx
 from torch._ops import HigherOrderOperator
 
-from ..passes.backward import backward_nodes
+from ..passes.backward import backward_nodes, inner_graphs
 
 # Why a weight that is an input of a graph is the weight of no layer in it.
 NO_GRADIENT = "no gradient flows through it"
@@ -44,31 +43,13 @@ def _follow(graph: fx.Graph, origins: dict[fx.Node, frozenset[int]]) -> None:
         inputs = node.all_input_nodes
         if node.op == "call_function" and inputs and all(i in origins for i in inputs):
             origins[node] = frozenset().union(*(origins[i] for i in inputs))
-        for inner, operands in _nested(node):
-            for placeholder, operand in operands:
+        for inner, operands in inner_graphs(node):
+            for placeholder, operand in operands.items():
                 # Of a graph that is called twice, an input is one or the other.
                 found = origins.get(operand, frozenset()) | origins.get(placeholder, frozenset())
                 if found:
                     origins[placeholder] = found
             _follow(inner, origins)
-
-
-def _nested(node: fx.Node) -> Iterator[tuple[fx.Graph, list[tuple[fx.Node, fx.Node]]]]:
-    """Yield the graphs that node calls, each with its inputs and what node gives for them."""
-    if not isinstance(node.target, HigherOrderOperator):
-        return
-    operands: list[fx.Node] = []
-    fx.map_arg(node.args, operands.append)
-    names = [operand.target for operand in operands if operand.op == "get_attr"]
-    operands = [operand for operand in operands if operand.op != "get_attr"]
-    owner: Any = node.graph.owning_module
-    for name in names:
-        inner = getattr(owner, str(name), None)
-        if isinstance(inner, fx.GraphModule):
-            inputs = inner.graph.find_nodes(op="placeholder")
-            # A condition comes ahead of what a branch gets.
-            if len(inputs) <= len(operands):
-                yield inner.graph, list(zip(inputs, operands[-len(inputs) :], strict=True))
 
 
 def why_no_layer(graph: fx.Graph, origins: Origins) -> dict[int, str]:

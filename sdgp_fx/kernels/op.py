@@ -21,7 +21,15 @@ def supports_dtype(dtype: torch.dtype, device: torch.device) -> bool:
     return dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 
-@torch.library.custom_op("sdgp::prune_nm", mutates_args=())
+# Of type int, which a symbolic number becomes one for, where Python's int would be a SymInt.
+@torch.library.custom_op(
+    "sdgp::prune_nm",
+    mutates_args=(),
+    schema=(
+        "(Tensor grad_output, Tensor? seed, int n, int m, str prune, str rescale, int groups) "
+        "-> Tensor"
+    ),
+)
 def prune_nm(
     grad_output: Tensor,
     seed: Tensor | None,
@@ -68,7 +76,9 @@ def _(grad_output: Tensor, *settings: Any) -> Tensor:
     return torch.empty_like(grad_output)
 
 
-@torch.library.custom_op("sdgp::channel_factor", mutates_args=())
+@torch.library.custom_op(
+    "sdgp::channel_factor", mutates_args=(), schema="(Tensor grad_output, int n, int m) -> Tensor"
+)
 def channel_factor(grad_output: Tensor, n: int, m: int) -> Tensor:
     """Compute what "rescaled_magnitude" with scope "channel" multiplies each channel by.
 

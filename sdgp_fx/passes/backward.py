@@ -9,12 +9,13 @@ other graphs     inference, a step with torch.func.grad in it, and compiled auto
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 from torch._functorch import eager_transforms
+from torch._ops import HigherOrderOperator
 
 # AOTAutograd tags what it traces while it differentiates a function, or a branch of it.
 _TAG = "partitioner_tag"
@@ -25,10 +26,15 @@ _TAKE_GRADIENTS = (eager_transforms._autograd_grad, torch.autograd.grad)
 
 
 class Part(NamedTuple):
-    """A graph, and which of its nodes belong to the backward of the joint graph."""
+    """A graph, and which of its nodes belong to the backward of the joint graph.
+
+    Attributes:
+        operands: Of a branch or loop: what the graphs around it give for inputs, theirs included.
+    """
 
     graph: fx.Graph
     backward: set[fx.Node]
+    operands: Mapping[fx.Node, fx.Node]
 
 
 def find_parts(graph: fx.Graph) -> list[Part]:
@@ -42,15 +48,16 @@ def find_parts(graph: fx.Graph) -> list[Part]:
         return []
     if not is_joint and any(_is_tagged(node) for node in graph.nodes):
         return []
-    parts = [Part(graph, backward_nodes(graph) if is_joint else set())]
+    parts = [Part(graph, backward_nodes(graph) if is_joint else set(), {})]
     seen = {graph}
     for part in parts:
-        for node, inner in _inner_graphs(part.graph):
-            # One with tangents, of a region compiled once, comes as a joint graph of its own.
-            if inner not in seen and not tangents_of(inner):
-                is_backward = node in part.backward
-                parts.append(Part(inner, backward_nodes(inner) if is_backward else set()))
-            seen.add(inner)
+        for node in part.graph.nodes:
+            for inner, operands in inner_graphs(node):
+                # One with tangents, of a region compiled once, comes as a joint graph of its own.
+                if inner not in seen and not tangents_of(inner):
+                    backward = backward_nodes(inner) if node in part.backward else set()
+                    parts.append(Part(inner, backward, {**part.operands, **operands}))
+                seen.add(inner)
     return parts
 
 
@@ -93,10 +100,17 @@ def tangents_of(graph: fx.Graph) -> list[fx.Node]:
     return [n for n in graph.find_nodes(op="placeholder") if n.target.startswith("tangents")]
 
 
-def _inner_graphs(graph: fx.Graph) -> Iterator[tuple[fx.Node, fx.Graph]]:
-    """Yield the graphs that operators of higher order run, with their node."""
-    for attribute in graph.find_nodes(op="get_attr"):
-        inner = getattr(graph.owning_module, attribute.target, None)
-        if isinstance(inner, fx.GraphModule):
-            for node in attribute.users:
-                yield node, inner.graph
+def inner_graphs(node: fx.Node) -> Iterator[tuple[fx.Graph, dict[fx.Node, fx.Node]]]:
+    """Yield the graphs that an operator of higher order runs, with what it gives for inputs."""
+    if not isinstance(node.target, HigherOrderOperator):
+        return
+    arguments: list[fx.Node] = []
+    fx.map_arg(node.args, arguments.append)
+    operands = [argument for argument in arguments if argument.op != "get_attr"]
+    for argument in arguments:
+        inner = getattr(node.graph.owning_module, str(argument.target), None)
+        if argument.op == "get_attr" and isinstance(inner, fx.GraphModule):
+            inputs = inner.graph.find_nodes(op="placeholder")
+            # A condition comes ahead of what a branch gets.
+            given = operands[len(operands) - len(inputs) :] if len(inputs) <= len(operands) else []
+            yield inner.graph, dict(zip(inputs, given, strict=False))

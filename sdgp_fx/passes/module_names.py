@@ -80,15 +80,18 @@ class ModuleNames:
     others: tuple[str, ...] = ()
     is_complete: bool = False
 
-    def of(self, layer: Layer) -> tuple[str, ...]:
+    def of(self, layer: Layer, operands: Mapping[fx.Node, fx.Node] = {}) -> tuple[str, ...]:
         """Return the name of a layer of a joint graph.
+
+        Args:
+            operands: As of `Part`, for a layer in a branch or loop.
 
         Returns:
             One name. Several if the layer stands for several, in a region that is compiled once
             for all of them; none if the name is not known.
         """
         stack = _stack(layer)
-        owners = self._owners(layer.weight)
+        owners = self._owners(layer.weight, operands)
         is_region = self.modules is not None and not _has_inputs(layer.node.graph)
         known: str | None
         if stack:
@@ -109,18 +112,22 @@ class ModuleNames:
         """Return all names that `of` may return, in an order that depends on the graph alone."""
         return self.calls, [*map(sorted, self.owners)], self.frame, [*self.shared.values()]
 
-    def _owners(self, weight: fx.Node) -> list[str]:
+    def _owners(self, weight: fx.Node, operands: Mapping[fx.Node, fx.Node]) -> list[str]:
         """Return the modules that have weight, or all that it is made of, as parameters."""
         inputs: set[int | None] = set()
         seen: set[fx.Node] = set()
         todo = [weight]
         while todo:
             node = todo.pop()
-            if node not in seen:
-                seen.add(node)
-                if node.op == "placeholder":
-                    inputs.add(_input_index(node))
-                todo += _same_values(node)
+            if node in seen:
+                continue
+            seen.add(node)
+            if node in operands:
+                todo.append(operands[node])
+                continue
+            if node.op == "placeholder":
+                inputs.add(_input_index(node))
+            todo += _same_values(node)
         owners = [frozenset() if i is None else self.owners[i] for i in inputs if self.owners]
         return sorted(frozenset.intersection(*owners)) if owners else []
 

@@ -85,7 +85,9 @@ def _rewrite(
     """Rewrite one graph; return the decisions, and whether it has changed."""
     structure, graph = STRUCTURES[config.structure], part.graph
     decided = {
-        layer.node: decide(layer, names.of(layer), config, layer.node in part.backward)
+        layer.node: decide(
+            layer, names.of(layer, part.operands), config, layer.node in part.backward
+        )
         for layer in find_layers(graph, config)
     }
     for product in graph.find_nodes(op="call_function", target=PRUNED_INPUT_GRAD):

@@ -48,6 +48,14 @@ def test_mvue_at_the_end_of_the_random_numbers():
     assert factor.isfinite().all()
 
 
+def test_mvue_gives_small_norms_their_share():
+    """Which rounding to float32 would make zero: a norm of 1 would be certain."""
+    norms = torch.tensor([1.0, 2.0**-27, 2.0**-27, 2.0**-27])
+    index, factor = select_channels(norms, 1, 4, "mvue", torch.tensor([2**63 - 2]))
+    assert index.tolist() == [3]
+    assert factor.item() == pytest.approx(2**27 + 3)
+
+
 def test_mvue_of_fewer_channels_than_n_that_are_not_zero():
     norms = torch.tensor([0.0, 5.0, 0.0, 0.0])
     index, factor = select_channels(norms, 3, 4, "mvue", torch.tensor([2**62]))

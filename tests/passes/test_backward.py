@@ -425,3 +425,43 @@ def test_both_compilers_prune_in_branches(inner, sign):
     assert [d.pruned for d in graph.decisions] == [False, True, True, False]
     assert graph.diff(context=0).count("torch.ops.sdgp.prune_nm") == 2
     torch.testing.assert_close(net.stem.weight.grad, stem_gradient(net, x), rtol=1e-4, atol=1e-5)
+
+
+class Nested(nn.Module):
+    """A branch within a branch, with a weight that is computed on the way, and one of two layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 1)
+        self.inner = nn.ModuleList([nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)])
+        self.scaled = nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 8, 1))
+        self.tied, self.twin = nn.Conv2d(8, 8, 1, bias=False), nn.Conv2d(8, 8, 1, bias=False)
+        self.twin.weight = self.tied.weight
+
+    def forward(self, x):
+        def outer(x):
+            return torch.cond(x.mean() > 0, self.inner[0], self.inner[1], (x,))
+
+        x = self.stem(x)
+        return torch.cond(x.sum() > 0, outer, lambda x: self.tied(self.scaled(x)), (x,))
+
+
+def test_layers_in_branches_have_the_names_of_their_weights_owners():
+    with sdgp_fx.capture() as captured:
+        compiled(Nested())(torch.randn(2, 3, 5, 5)).square().sum().backward()
+    (graph,) = captured
+    names = {d.module for d in graph.decisions if d.pruned}
+    assert names == {"inner.0", "inner.1", why.UNKNOWN}
+    assert sum(d.module == why.UNKNOWN for d in graph.decisions) == 2
+
+
+@pytest.mark.parametrize("options", [{"sdgp.exclude": "one"}, {"sdgp.include": "other,last"}])
+def test_rules_select_layers_in_branches(options):
+    net, x = branches()
+    with warnings.catch_warnings(), sdgp_fx.capture() as captured:
+        warnings.filterwarnings("error", message="sdgp")
+        compiled(net, **options)(x).square().sum().backward()
+    (graph,) = captured
+    reasons = {d.module: d.reason for d in graph.decisions}
+    assert reasons.pop("stem") in (why.NO_INPUT_GRADIENT, why.EXCLUDED)
+    assert reasons == {"one": why.EXCLUDED, "other": why.NOT_A_MULTIPLE, "last": ""}
