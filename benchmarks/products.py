@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,7 @@ from sdgp_fx.measurement.workload import Workload
 
 from .harness import command
 from .harness.benchmark import Benchmark, Task
+from .harness.input_gradients import sum_up
 from .harness.report import Row
 
 PATTERNS = ((2, 4), (1, 4), (2, 8), (2, 16), (4, 32))
@@ -150,26 +151,9 @@ def is_chosen(layer: Convolution, n: int, m: int, prune: str, dtype: torch.dtype
 def headline(rows: Sequence[Row]) -> list[str]:
     """Sum up, for each model and pattern, the input gradients of all layers that can be pruned."""
     lines = []
-    for model, n, m in dict.fromkeys((row["model"], row["n"], row["m"]) for row in rows):
-        here = [row for row in rows if (row["model"], row["n"], row["m"]) == (model, n, m)]
-
-        def total(time: Callable[[Row], float], here: list[Row] = here) -> float:
-            return sum(row["count"] * time(row) for row in here) / 1e3
-
-        stock = total(lambda row: row["dense_us"])
-        parts = {
-            "all": total(lambda row: row["sparse_us"]),
-            "as the rule chooses": total(
-                lambda row: row["sparse_us"] if row["chosen"] else row["dense_us"]
-            ),
-            "at best": total(lambda row: min(row["sparse_us"], row["dense_us"])),
-        }
-        text = ", ".join(f"{name} {time / stock:.3f}" for name, time in parts.items())
-        slower = max((row["ratio"] for row in here if row["chosen"]), default=0)
-        lines.append(
-            f"input gradients of {model} {n}:{m}: dense {stock:.2f} ms; zeros skipped: {text} of "
-            f"it; slowest that the rule chooses {slower:.3f}"
-        )
+    for line, here in sum_up(rows, "sparse_us"):
+        slowest = max((row["ratio"] for row in here if row["chosen"]), default=0)
+        lines.append(f"{line}; slowest that the rule chooses {slowest:.3f}")
     return lines
 
 

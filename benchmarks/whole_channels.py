@@ -20,6 +20,7 @@ from sdgp_fx.measurement.workload import DTYPES, Workload
 
 from .harness import command
 from .harness.benchmark import Benchmark, Task
+from .harness.input_gradients import sum_up
 from .harness.report import Row
 
 PATTERNS = ((2, 4), (1, 4), (2, 16))
@@ -149,25 +150,8 @@ def fewer_outputs(convolution: Convolution, kept: float) -> Convolution:
 
 def headline(rows: Sequence[Row]) -> list[str]:
     """Sum up, for each model and pattern, the input gradients of all layers that can be pruned."""
-    lines = []
-    for model, n, m in dict.fromkeys((row["model"], row["n"], row["m"]) for row in rows):
-        here = [row for row in rows if (row["model"], row["n"], row["m"]) == (model, n, m)]
-
-        def total(time: Callable[[Row], float], here: list[Row] = here) -> float:
-            return sum(row["count"] * time(row) for row in here) / 1e3
-
-        dense = total(lambda row: row["dense_us"])
-        parts = {
-            "all pruned": total(lambda row: row["whole_us"]),
-            "as the rule chooses": total(
-                lambda row: row["whole_us"] if row["chosen"] else row["dense_us"]
-            ),
-            "at best": total(lambda row: min(row["whole_us"], row["dense_us"])),
-            "products alone": total(lambda row: row["product_us"]),
-        }
-        shares = ", ".join(f"{name} {time / dense:.3f}" for name, time in parts.items())
-        lines.append(f"input gradients of {model} {n}:{m}: dense {dense:.2f} ms; {shares} of it")
-    return lines
+    lines = sum_up(rows, "whole_us", {"products alone": "product_us"})
+    return [line for line, _ in lines]
 
 
 BENCHMARK = Benchmark(

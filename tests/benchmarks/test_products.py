@@ -72,7 +72,7 @@ def test_sums_by_count_and_choice():
 
     rows = [row(1, 1000, 2000, False), row(3, 3000, 2000, True), row(2, 1000, 500, False)]
     assert products.headline(rows) == [
-        "input gradients of m 2:4: dense 12.00 ms; zeros skipped: all 0.750, as the rule chooses "
+        "input gradients of m 2:4: dense 12.00 ms; all pruned 0.750, as the rule chooses "
         "0.750, at best 0.667 of it; slowest that the rule chooses 0.667"
     ]
 

@@ -428,7 +428,7 @@ def test_both_compilers_prune_in_branches(inner, sign):
 
 
 class Nested(nn.Module):
-    """A branch within a branch, with a weight that is computed on the way, and one of two layers."""
+    """A branch in a branch; with a weight that is computed on the way, and one of two layers."""
 
     def __init__(self):
         super().__init__()
