@@ -312,8 +312,10 @@ def test_no_warning_where_something_is_pruned(model, x):
 # Randomness
 
 
-@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("prune", ["random", "mvue"])
+@pytest.mark.parametrize(
+    ("prune", "inner"),
+    [("random", "aot_eager"), ("mvue", "aot_eager"), ("mvue", "inductor")],
+)
 def test_manual_seed_repeats_and_steps_differ(model, x, prune, inner):
     options = {"sdgp.prune": prune, "sdgp.inner": inner}
     compiled = torch.compile(model, backend="sdgp", options=options)
@@ -381,7 +383,6 @@ def stock_on_sizes(inner):
         ("aot_eager", {"sdgp.rescale": "channel"}),
         ("aot_eager", {"sdgp.prune": "mvue"}),
         ("inductor", {}),
-        ("inductor", {"sdgp.rescale": "channel"}),
     ],
 )
 def test_dynamic_shapes_compile_as_often_as_stock(inner, setting, rewritten):
@@ -474,7 +475,7 @@ def unseen():
 def test_unchanged_hits_and_changed_options_miss(model, x, unseen):
     assert is_miss(cache_use(model, x, exclude=unseen))
     assert is_hit(cache_use(model, x, exclude=unseen))
-    for options in ({"n": 1}, {"prune": "magnitude"}, {"rescale": "channel"}, {"include": "3"}):
+    for options in ({"n": 1}, {"include": "3"}):
         assert not is_hit(cache_use(model, x, exclude=unseen, **options)), options
         assert is_hit(cache_use(model, x, exclude=unseen, **options)), options
 

@@ -138,7 +138,13 @@ def test_an_interrupt_ends_a_command_and_keeps_its_rows(tmp_path):
     command = [sys.executable, "-m", "benchmarks.ceilings", "--copy-mib", "1", "--matmul", "2048"]
     command += ["--device", "cpu", "--seconds", "60", "--dtype", "float32", "--out", str(out)]
     process = subprocess.Popen(
-        command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        command,
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        # A shell may have started these tests with SIGINT ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stderr.readline() == "1/2 copy\n"
     assert process.stderr.readline() == "2/2 matmul 2048\n"

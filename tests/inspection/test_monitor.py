@@ -187,22 +187,21 @@ def test_a_backward_counts_for_its_forwards_step(inner, options):
     """Other forwards may come in between: of a discriminator, of micro-batches, of a pipeline."""
     if options and inner == "aot_eager":
         pytest.skip("cpp_wrapper is Inductor's")
-    options = {**options, "sdgp.inner": inner}
     name = 'a "quoted", name'
 
-    def make():
+    def make(options):
         model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
         model.add_module(name, nn.Conv2d(8, 8, 3))
         return sdgp_fx.monitor(model, every=2, options=options)
 
-    monitor, expected = make(), []
+    expected = []
     for number in range(3):
         torch.manual_seed(0)
-        alone = make()
+        alone = make(EAGER)
         alone(images(number)).square().sum().backward()
         expected += alone.to_dict()[name]["bias"]
     torch.manual_seed(0)
-    monitor = make()
+    monitor = make({**options, "sdgp.inner": inner})
     losses = [monitor(images(number)).square().sum() for number in (0, 7, 1, 7, 2)]
     assert len(set(expected)) == 3
     for loss in (losses[4], losses[1], losses[0], losses[2], losses[3]):
@@ -210,7 +209,7 @@ def test_a_backward_counts_for_its_forwards_step(inner, options):
     record = monitor.to_dict()
     assert list(record) == [name]
     assert record[name]["step"] == [0, 2, 4]
-    assert record[name]["bias"] == pytest.approx(expected, rel=1e-6)
+    assert record[name]["bias"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_the_forward_alone_reads_the_step(model, monkeypatch):

@@ -20,7 +20,7 @@ timm = pytest.importorskip("timm", reason="needs timm")
 MODELS = {
     "resnet18": {"layers": (1, 2, 1, 1)},
     "regnetx_002": {},
-    "convnext_atto": {"depths": (1, 1, 2, 1)},
+    "convnext_atto": {"depths": (1, 1, 1, 1)},
 }
 EAGER = {"sdgp.inner": "aot_eager"}
 SHAPE = (2, 3, 64, 64)

@@ -63,10 +63,11 @@ def count_products(rewritten):
 @pytest.mark.parametrize("inner", INNER_COMPILERS)
 @pytest.mark.parametrize("prune", ["magnitude", "mvue"])
 def test_gradients_are_those_of_the_dense_product(prune, inner, memory_format, rewritten):
-    settings = {"inner": inner, "memory_format": memory_format, "sdgp.prune": prune}
-    (dense,) = gradients("dense", **settings)
+    settings = {"memory_format": memory_format, "sdgp.prune": prune}
+    # Inductor draws other random numbers.
+    (dense,) = gradients("dense", inner if prune == "mvue" else "aot_eager", **settings)
     assert count_products(rewritten) == [0]
-    (sparse,) = gradients("sparse", **settings)
+    (sparse,) = gradients("sparse", inner, **settings)
     assert count_products(rewritten) == [0, 4]
     for name, expected in dense.items():
         error = (sparse[name] - expected).norm() / expected.norm().clamp(min=1e-6)
@@ -76,9 +77,9 @@ def test_gradients_are_those_of_the_dense_product(prune, inner, memory_format, r
 @pytest.mark.parametrize("inner", INNER_COMPILERS)
 def test_dynamic_batch(inner, rewritten):
     """The third batch is compiled for no more."""
-    settings = {"inner": inner, "memory_format": torch.channels_last, "batches": (4, 5, 7)}
-    dense = gradients("dense", **settings)
-    sparse = gradients("sparse", **settings)
+    settings = {"memory_format": torch.channels_last, "batches": (4, 5, 7)}
+    dense = gradients("dense", "aot_eager", **settings)
+    sparse = gradients("sparse", inner, **settings)
     assert count_products(rewritten) == [0, 0, 4, 4]
     for mine, others in zip(sparse, dense, strict=True):
         for name, expected in others.items():
@@ -86,10 +87,9 @@ def test_dynamic_batch(inner, rewritten):
 
 
 def test_autocast(rewritten):
-    settings = {"inner": "inductor", "memory_format": torch.channels_last}
-    settings["dtype"] = torch.bfloat16
-    (dense,) = gradients("dense", **settings)
-    (sparse,) = gradients("sparse", **settings)
+    settings = {"memory_format": torch.channels_last, "dtype": torch.bfloat16}
+    (dense,) = gradients("dense", "aot_eager", **settings)
+    (sparse,) = gradients("sparse", "inductor", **settings)
     assert count_products(rewritten) == [0, 4]
     for name, expected in dense.items():
         error = (sparse[name] - expected).norm() / expected.norm().clamp(min=1e-6)
