@@ -173,13 +173,19 @@ def _peak(graph: GraphLowering) -> int:
     return peak
 
 
-def plan(workloads: Sequence[Workload], config: SDGPConfig) -> list[Task]:
+def plan(workloads: Sequence[Workload], config: SDGPConfig, monitor: bool) -> list[Task]:
     """Plan a task for each network."""
-    return [Task(workload.model, partial(compare, workload, config)) for workload in workloads]
+    return [
+        Task(workload.model, partial(compare, workload, config, monitor)) for workload in workloads
+    ]
 
 
-def compare(workload: Workload, config: SDGPConfig) -> list[Row]:
-    """Count stock's backward and sdgp's, and how they differ."""
+def compare(workload: Workload, config: SDGPConfig, monitor: bool = False) -> list[Row]:
+    """Count stock's backward and sdgp's, and how they differ.
+
+    Args:
+        monitor: Whether sdgp's is one whose statistics are recorded.
+    """
     dtype, format_ = workload.torch_dtype, workload.torch_memory_format
     network: Any = workload.build().to(dtype)
     network = network.to(memory_format=format_)
@@ -194,7 +200,7 @@ def compare(workload: Workload, config: SDGPConfig) -> list[Row]:
                 counted[name] = Backward.count(graph, code)
                 saved[name] = sum(_size(graph, value) for value in graph.graph_inputs)
 
-        generate(network, images, pruning, inspect)
+        generate(network, images, pruning, inspect, monitor="traffic" if monitor else None)
     stock, ours = counted["stock"], counted["sdgp"]
     pruned = sum(ours.pruned)
     extra = ours.read + ours.written - stock.read - stock.written
@@ -203,6 +209,7 @@ def compare(workload: Workload, config: SDGPConfig) -> list[Row]:
             **workload.facts(),
             **options_of(config),
             "which_layers": config.layers,
+            "monitor": monitor,
             "layers": len(ours.pruned),
             "pruned_bytes": pruned,
             "largest_pruned_bytes": max(ours.pruned, default=0),
@@ -270,6 +277,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_dtype(DTYPES, "bfloat16")
     parser.add_memory_format()
     parser.add_pruning()
+    recorded = "count a step whose statistics sdgp_fx.monitor records"
+    parser.add_argument("--monitor", action="store_true", help=recorded)
     parser.add_out()
     return command.run(BENCHMARK, parser, argv)
 

@@ -74,6 +74,7 @@ def generate(
     images: Tensor,
     config: SDGPConfig | None,
     inspect: Callable[[GraphLowering, str], None],
+    monitor: str | None = None,
 ) -> None:
     """Compile a training step of network (forward, cross entropy, backward) for a GPU.
 
@@ -83,13 +84,14 @@ def generate(
         config: How sdgp prunes; None for stock Inductor.
         inspect: Called with each graph, the forward's before the backward's, and its code, after
             the code has been generated and in the graph's context (V.graph).
+        monitor: As for `PruneInputGrads`.
     """
     # The joint graph is made on the CPU, as autograd asks a GPU's driver for streams; it gets the
     # order that one for a GPU has, and the layers that would be profitable there are pruned. Only a
     # CPU has sparse products.
     if config is not None:
         config = dataclasses.replace(config, product="dense")
-    rewrite = config and PruneInputGrads(config, dense_half_first=())
+    rewrite = config and PruneInputGrads(config, monitor=monitor, dense_half_first=())
     options: dict[str, Any] = {"joint_custom_pre_pass": rewrite} if rewrite else {}
     mode = FakeTensorMode()
     with FakeCopyMode(mode):

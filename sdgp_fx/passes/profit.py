@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -42,7 +42,7 @@ def is_profitable(layer: Layer, config: SDGPConfig) -> bool:
     Symbolic sizes count as large ones; a device without costs of its own is taken for a GPU.
     """
     if config.structure == "element":
-        return _is_cheaper_than(layer.macs, layer, config)
+        return is_sparse_faster(layer, config)
     grad_output, weight = (node.meta["val"] for node in (layer.grad_output, layer.weight))
     cost, kept = COST.get(grad_output.device.type, COST["cuda"]), config.n / config.m
     least = cost.value + cost.kept * kept
@@ -84,11 +84,6 @@ class SparseCost(NamedTuple):
 SPARSE_COST = {"cpu": SparseCost(1.5, 1.3, 20, 6, 12, 130, 6, 3e6)}
 MARGIN = 0.03
 
-# Of a prune that is fused with what produces the gradient, per value: it is written once more, and
-# read again by the product.
-import os
-PRUNE_COST = float(os.environ.get("PC", 50))
-
 # Of float32 in a vector of the CPU; vectors of a row of sums; output channels of a slab. As in
 # kernels/sparse/pruned_input_grad.cpp.
 LANES = {"AVX512": 16, "AVX2": 8}
@@ -97,16 +92,7 @@ SLAB_CHANNELS = 64
 
 
 def is_sparse_faster(layer: Layer, config: SDGPConfig) -> bool:
-    """Whether a pruned layer is expected to take less time with the product that skips zeros.
-
-    The other way is a prune that is fused with what produces the gradient, and the dense product.
-    """
-    values = layer.grad_output.meta["val"].numel()
-    return _is_cheaper_than(layer.macs + values * PRUNE_COST, layer, config)
-
-
-def _is_cheaper_than(other: Any, layer: Layer, config: SDGPConfig) -> bool:
-    """Whether the product that skips zeros is expected to take less time than so many multiply-adds.
+    """Whether the product that skips zeros is expected to take less time than the dense one.
 
     Symbolic sizes count as large ones. Nothing is known against it on a device without costs.
     """
@@ -127,4 +113,4 @@ def _is_cheaper_than(other: Any, layer: Layer, config: SDGPConfig) -> bool:
     least += values // out_channels * rows * cost.pair
     if isinstance(values, int) and isinstance(weights, int):
         least += cost.weight * weights + cost.call
-    return statically_known_true(least <= other * (1 - MARGIN))
+    return statically_known_true(least <= layer.macs * (1 - MARGIN))

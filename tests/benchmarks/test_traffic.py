@@ -135,6 +135,18 @@ def test_the_documentation_has_these_figures():
         assert f"|\n{table}\n" in (ROOT / page).read_text()
 
 
+def test_a_recorded_step_reads_both_gradients_again(monkeypatch):
+    monkeypatch.setattr(Workload, "build", lambda self: Net())
+    workload, config = Workload("resnet18", 8, 34), SDGPConfig(**RESCALED)
+    (plain,) = traffic.compare(workload, config)
+    torch._dynamo.reset()
+    (recorded,) = traffic.compare(workload, config, monitor=True)
+    read = recorded["sdgp"]["read"] - plain["sdgp"]["read"]
+    assert plain["extra_read_gb"] == 0
+    assert read >= 2 * plain["pruned_bytes"]
+    assert recorded["extra_launches"] > plain["extra_launches"]
+
+
 def test_command(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Workload, "build", lambda self: Net())
     out = tmp_path / "out.json"
