@@ -217,30 +217,46 @@ def less_dense(rows: Sequence[Row], setting: Setting) -> list[float]:
     return [value - dense[seed] for seed, value in own.items() if seed in dense]
 
 
+def fresh_less_dense(rows: Sequence[Row], setting: Setting) -> list[float]:
+    """Return as `less_dense` does, of tests with BatchNorm's statistics computed anew."""
+    known = [{**row, "accuracy": row.get("fresh_accuracy", math.nan)} for row in rows]
+    return [value for value in less_dense(known, setting) if not math.isnan(value)]
+
+
+def paper_less_dense(settings: Sequence[Setting], setting: Setting) -> float | None:
+    """Return by how many percent the paper's accuracy differs from the paper's dense one."""
+    dense = next((s.paper for s in settings if s.config is None), None)
+    return None if dense is None or setting.paper is None else setting.paper - dense
+
+
 def show(rows: Sequence[Row], settings: Sequence[Setting]) -> None:
     """Print what each setting reaches, and how it differs from dense gradients of its dtype.
 
-    The standard error of the difference says how far off chance alone can put its mean.
+    Differences have 95% intervals. "detectable" is the smallest true difference that so many seeds
+    would have told from none, four times out of five.
     """
     cells = []
     for setting in settings:
         own = list(accuracies(rows, setting).values())
-        less = less_dense(rows, setting) if setting.config else []
-        error = deviation(less) / math.sqrt(len(less)) if less else math.nan
+        less, fresh, paper = [], [], None
+        if setting.config:
+            less, fresh = less_dense(rows, setting), fresh_less_dense(rows, setting)
+            paper = paper_less_dense(settings, setting)
         cells.append(
             [
                 setting.name,
                 str(len(own)),
                 percent(mean(own)),
                 percent(deviation(own)),
-                percent(mean(less), "+"),
-                percent(error),
+                with_interval(less),
+                percent(detectable(less)),
+                with_interval(fresh),
                 "-" if setting.paper is None else f"{setting.paper:.1f}",
+                "-" if paper is None else f"{paper:+.1f}",
             ]
         )
-    print_table(
-        ["setting", "seeds", "accuracy %", "std", "to dense", "std error", "paper %"], cells
-    )
+    header = ["setting", "seeds", "accuracy %", "std", "to dense", "detectable"]
+    print_table([*header, "with new statistics", "paper %", "paper, to dense"], cells)
 
 
 def against_paper(facts: Iterable[tuple[str, Any, Any]], paper: str = "paper") -> str:
@@ -262,6 +278,36 @@ def mean(values: Sequence[float]) -> float:
 def deviation(values: Sequence[float]) -> float:
     """Return the standard deviation; NaN of fewer than two."""
     return statistics.stdev(values) if len(values) > 1 else math.nan
+
+
+def half_interval(differences: Sequence[float]) -> float:
+    """Return half the length of the mean's 95% interval, by Student's t; NaN of fewer than two."""
+    return _in_errors(differences, 0.975)
+
+
+def detectable(differences: Sequence[float]) -> float:
+    """Return which true mean so many differences tell from 0 at 95%, with a power of 80%.
+
+    NaN of fewer than two.
+    """
+    return _in_errors(differences, 0.975) + _in_errors(differences, 0.8)
+
+
+def _in_errors(values: Sequence[float], share: float) -> float:
+    """Return the quantile of Student's t at share, in standard errors of the mean of values."""
+    # Only what shows runs needs it: the machine that makes them may have no SciPy.
+    from scipy import stats
+
+    if len(values) < 2:
+        return math.nan
+    quantile = float(stats.t.ppf(share, len(values) - 1))
+    return quantile * deviation(values) / math.sqrt(len(values))
+
+
+def with_interval(differences: Sequence[float]) -> str:
+    """Format the mean with its 95% interval."""
+    half = percent(half_interval(differences))
+    return percent(mean(differences), "+") + (f" ± {half}" if half != "-" else "")
 
 
 def percent(value: float, sign: str = "") -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import textwrap
 from collections.abc import Sequence
@@ -13,23 +14,45 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ..harness.report import Row
-from .experiment import Setting, accuracies, mean, runs_of
+from .experiment import (
+    Setting,
+    accuracies,
+    half_interval,
+    less_dense,
+    mean,
+    paper_less_dense,
+    runs_of,
+)
 
 
 def draw_accuracies(rows: Sequence[Row], settings: Sequence[Setting], title: str) -> Figure:
-    """Draw a line for each setting: its mean accuracy, and a point for every seed."""
-    figure, (axes,) = _figure(1, title)
+    """Draw a line for each setting: accuracies, and seed by seed their differences from dense."""
+    figure, (left, right) = _figure(2, title)
     for place, setting in enumerate(settings):
         own = list(accuracies(rows, setting).values())
-        axes.plot(own, [place] * len(own), "o", color="#4c6a92", alpha=0.5)
-        if own:
-            axes.plot(mean(own), place, "|", color="#e07a2f", markersize=18, markeredgewidth=2)
-        if setting.paper is not None:
-            axes.plot(setting.paper, place, "x", color="0.4")
-    axes.set_yticks(range(len(settings)), [setting.name for setting in settings])
-    axes.invert_yaxis()
-    axes.set_xlabel("test accuracy, % (dot: a seed, line: mean, cross: the paper's)")
+        _draw_seeds(left, place, own, setting.paper)
+        if setting.config:
+            paper = paper_less_dense(settings, setting)
+            _draw_seeds(right, place, less_dense(rows, setting), paper)
+    right.axvline(0, color="0.5", linestyle=":")
+    right.set_ylim(left.get_ylim())
+    for axes in (left, right):
+        axes.set_yticks(range(len(settings)), [setting.name for setting in settings])
+        axes.invert_yaxis()
+    right.tick_params(labelleft=False)
+    left.set_xlabel("test accuracy, % (dot: a seed, cross: the paper's)")
+    right.set_xlabel("difference from dense, points (bar: mean with 95% interval)")
     return figure
+
+
+def _draw_seeds(axes: Axes, place: int, values: Sequence[float], paper: float | None) -> None:
+    axes.plot(values, [place] * len(values), "o", color="#4c6a92", alpha=0.5)
+    if values:
+        half = half_interval(values)
+        bar: dict[str, Any] = {"color": "#e07a2f", "capsize": 7, "elinewidth": 2, "capthick": 2}
+        axes.errorbar(mean(values), place, xerr=None if math.isnan(half) else half, fmt="|", **bar)
+    if paper is not None:
+        axes.plot(paper, place, "x", color="black", markersize=7, zorder=4)
 
 
 def draw_curves(rows: Sequence[Row], settings: Sequence[Setting], title: str) -> Figure:

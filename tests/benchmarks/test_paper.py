@@ -250,7 +250,8 @@ def test_differences_are_taken_seed_by_seed(trained, capsys):
     rows = experiment.run(settings, 3, TINY, images(10), images(10), None).rows
     experiment.show(rows, settings)
     *_, line = capsys.readouterr().out.splitlines()
-    assert line.split() == ["other", "3", "51.00", "1.00", "-0.10", "0.00", "95.2"]
+    columns = ["other", "3", "51.00", "1.00", "-0.10", "±", "0.00", "0.00", "-", "95.2", "-"]
+    assert line.split() == columns
 
 
 def test_measures_by_hand():
@@ -328,8 +329,40 @@ def test_maps_of_the_second_convolution():
 
 
 def test_one_seed_has_no_spread():
-    assert math.isnan(experiment.deviation([1.0]))
+    for of in (experiment.deviation, experiment.half_interval, experiment.detectable):
+        assert math.isnan(of([1.0]))
     assert experiment.percent(math.nan) == "-"
+    assert experiment.with_interval([1.0]) == "+1.00"
+
+
+def test_intervals_are_students():
+    """Of three values with deviation 1, whose mean's standard error is 3 ** -0.5."""
+    values = [1.0, 2.0, 3.0]
+    assert experiment.half_interval(values) == pytest.approx(4.3027 / 3**0.5, rel=1e-4)
+    assert experiment.detectable(values) == pytest.approx((4.3027 + 1.0607) / 3**0.5, rel=1e-4)
+    assert experiment.with_interval(values) == "+2.00 ± 2.48"
+
+
+def test_differences_from_dense(capsys):
+    settings = [Setting("dense", paper=95.3), Setting("half", SDGPConfig(), paper=95.2)]
+    found = {"dense": [(0.5, 0.6), (0.7, 0.8)], "half": [(0.4, 0.6), (0.5, 0.9)]}
+    rows = [
+        {**setting.facts(), "seed": seed, "accuracy": usual, "fresh_accuracy": fresh}
+        for setting in settings
+        for seed, (usual, fresh) in enumerate(found[setting.name])
+    ]
+    half = settings[1]
+    assert experiment.less_dense(rows, half) == pytest.approx([-10, -20])
+    assert experiment.fresh_less_dense(rows, half) == pytest.approx([0, 10])
+    assert experiment.paper_less_dense(settings, half) == pytest.approx(-0.1)
+    experiment.show(rows, settings)
+    line = next(line for line in capsys.readouterr().out.splitlines() if "half" in line)
+    # 12.706 and 1.376 are the quantiles of Student's t with one degree of freedom.
+    shown = ["45.00", "7.07", "-15.00", "63.53", "70.41", "+5.00", "63.53", "95.2", "-0.1"]
+    assert [word for word in line.split() if word not in ("half", "2", "±", "│")] == shown
+    for row in rows:
+        del row["fresh_accuracy"]  # As by the paper's recipe.
+    assert experiment.fresh_less_dense(rows, half) == []
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
