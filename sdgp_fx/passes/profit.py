@@ -84,8 +84,8 @@ class SparseCost(NamedTuple):
 SPARSE_COST = {"cpu": SparseCost(1.5, 1.3, 20, 6, 12, 130, 6, 3e6)}
 MARGIN = 0.03
 
-# Of float32 in a vector of the CPU; vectors of a row of sums; output channels of a slab. As in
-# kernels/sparse/pruned_input_grad.cpp.
+# Of float32 in a vector of the CPU; vectors of a row of sums, and output channels of a slab, which
+# kernels/sparse/pruned_input_grad.cpp chooses for each layer: about as many as here.
 LANES = {"AVX512": 16, "AVX2": 8}
 ROW_VECTORS = 8
 SLAB_CHANNELS = 64
