@@ -85,7 +85,7 @@ EXPERIMENTS = {
     ),
     "signal": Experiment(
         "not in the paper: how far off pruned gradients are, over depth and training",
-        settings.BEYOND[1:],
+        settings.SIGNAL,
         signals.draw,
         signals.run,
         signals.show,
@@ -167,7 +167,7 @@ def make_recipe(args: argparse.Namespace) -> cifar10.Recipe | fast.FastRecipe:
     given = {name: getattr(args, name) for name in _SHOWN if getattr(args, name) is not None}
     given |= {"dtype": args.dtype, "compiler": args.compiler}
     if args.recipe == "fast":
-        if EXPERIMENTS[args.name].run is not experiment.run:
+        if EXPERIMENTS[args.name].run is maps.run:
             raise ValueError(f"--recipe: expected paper for {args.name}, got fast")
         return fast.FastRecipe(**given, curve=args.curve)
     if args.curve:

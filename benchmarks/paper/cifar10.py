@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -79,6 +79,7 @@ class Recipe:
     width: int = 128
     dtype: str = "float16"
     compiler: str = "inductor"
+    label_smoothing: ClassVar[float] = LABEL_SMOOTHING
 
 
 @dataclasses.dataclass
@@ -243,7 +244,7 @@ def compile_loss(
         inputs = augment(images, draw).contiguous(memory_format=torch.channels_last)
         with autocast(device, recipe.dtype):
             logits = network(inputs)
-        return F.cross_entropy(logits.float(), labels, label_smoothing=LABEL_SMOOTHING)
+        return F.cross_entropy(logits.float(), labels, label_smoothing=recipe.label_smoothing)
 
     return loss_of
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sdgp_fx import SDGPConfig, prune, sdgp
+from sdgp_fx.kernels.channels import channel_norms, scale_channels, select_channels
 
 from ..harness.report import Report, Row, environment
 from ..harness.terminal import print_table, progress
@@ -58,10 +59,12 @@ class Setting:
         return {"backend": sdgp, "options": options}
 
     def prune(self, gradient: Tensor) -> Tensor:
-        """Prune elements of a gradient (N, C, *spatial) in eager mode, whatever the structure."""
+        """Prune a gradient (N, C, *spatial) in eager mode."""
         if self.config is None:
             return gradient
         config = self.config
+        if config.structure == "channel":
+            return self.scale * prune_channels(gradient, config)
         pruned = prune(gradient, config.n, config.m, prune=config.prune, rescale=config.rescale)
         return self.scale * pruned
 
@@ -71,6 +74,19 @@ class Setting:
         options = None if config is None else {name: getattr(config, name) for name in OPTIONS}
         own = {name: getattr(self, name) for name in ("scale", "dtype", "dense_last")}
         return {"options": options, **own}
+
+
+def prune_channels(gradient: Tensor, config: SDGPConfig) -> Tensor:
+    """Zero the channels of a gradient (N, C, *spatial) that are not kept, and scale the others."""
+    norms = channel_norms(gradient, 1)
+    drawn = torch.randint(2**63 - 1, norms.shape, device=norms.device)
+    if config.prune == "mvue":
+        drawn = drawn[:: config.m]  # One for each group.
+    index, factor = select_channels(norms, config.n, config.m, config.prune, drawn)
+    kept = gradient.index_select(1, index)
+    if factor is not None:
+        kept = scale_channels(kept, factor, 1)
+    return torch.zeros_like(gradient).index_copy(1, index, kept)
 
 
 def run(

@@ -11,7 +11,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping
 from time import perf_counter
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -54,6 +54,7 @@ class FastRecipe:
     dtype: str = "float16"
     compiler: str = "inductor"
     curve: bool = False
+    label_smoothing: ClassVar[float] = LABEL_SMOOTHING
     name: str = dataclasses.field(default="fast", init=False)
 
 

@@ -15,7 +15,7 @@ from torchvision.models import resnet18
 
 from ..harness.report import Report, Row
 from ..harness.terminal import print_table, progress
-from .cifar10 import Images, Recipe, normalize, train
+from .cifar10 import LABEL_SMOOTHING, Images, Recipe, normalize, train
 from .experiment import Setting, epochs_of, facts_of, resume, runs_of
 from .pictures import entitle
 from .signals import backward, convolutions
@@ -72,7 +72,7 @@ def maps(
     """Prune the gradient of the network's second convolution; return a row for each setting."""
     network = copy.deepcopy(network).train()
     second = convolutions(network)[1]
-    gradient = backward(network, images, labels)[second].gradient
+    gradient = backward(network, images, labels, LABEL_SMOOTHING)[second].gradient
     sample = int(gradient.flatten(1).norm(dim=1).argmax())
     return [
         {

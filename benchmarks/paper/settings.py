@@ -85,4 +85,6 @@ CHANNELS = (
         for function in (RESCALED, "magnitude")
     ),
 )
+# Elements, and whole channels, of which gradients are compared.
+SIGNAL = (*BEYOND[1:], *(s for s in CHANNELS if s.name == "channels 2:4, magnitude"))
 RACE = (*CHANNELS[:2], *(s for s in CHANNELS if s.config and s.config.prune == "magnitude"))

@@ -6,6 +6,7 @@ The network is trained with dense gradients, so that all functions are held agai
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,8 +20,9 @@ from torch.nn.grad import conv2d_input
 
 from ..harness.report import Report, Row
 from ..harness.terminal import print_table, progress
-from .cifar10 import LABEL_SMOOTHING, Images, Recipe, normalize, train
-from .experiment import Setting, epochs_of, facts_of, mean, resume, runs_of
+from .cifar10 import Images, Recipe, Run, normalize
+from .experiment import Setting, epochs_of, facts_of, make_trainer, mean, resume, runs_of
+from .fast import FastRecipe
 from .pictures import entitle
 
 # How a layer's pruned gradient p is compared with its gradient g.
@@ -36,12 +38,14 @@ SIGNALS = {
     "arriving": "what arrives, all layers after it pruned",
 }
 PARTS = 4
+# Of which gradients are compared, at most.
+IMAGES = 512
 
 
 def run(
     settings: Sequence[Setting],
     seeds: int,
-    recipe: Recipe,
+    recipe: Recipe | FastRecipe,
     data: Images,
     test: Images,
     path: Path | None,
@@ -56,9 +60,12 @@ def run(
     report = resume("paper signal", facts_of(recipe, data, test), data.labels.device, path)
     done = {row["seed"] for row in report.rows}
     missing = [seed for seed in range(seeds) if seed not in done]
-    with progress(len(missing) * recipe.epochs, estimate=True) as begin:
+    dense = Setting("dense")
+    with progress(len(missing) * math.ceil(recipe.epochs), estimate=True) as begin:
+        train_from = make_trainer(dense, recipe, data, test) if missing else None
         for seed in missing:
-            rows = train_and_measure(settings, seed, recipe, data, test, begin)
+            assert train_from is not None
+            rows = train_and_measure(settings, seed, recipe, data, train_from, begin)
             report.add([{"seed": seed, **row} for row in rows])
     return report
 
@@ -66,14 +73,15 @@ def run(
 def train_and_measure(
     settings: Sequence[Setting],
     seed: int,
-    recipe: Recipe,
+    recipe: Recipe | FastRecipe,
     data: Images,
-    test: Images,
+    train_from: Callable[[int, Callable[[int, nn.Module], None]], Run],
     begin: Callable[[str], None],
 ) -> list[Row]:
     """Train, and measure at the begin, at the end, and PARTS - 1 times between.
 
     Args:
+        train_from: From `make_trainer`.
         begin: Called with the name of each epoch as it begins.
 
     Returns:
@@ -81,36 +89,43 @@ def train_and_measure(
     """
     rows: list[Row] = []
     moments = {round(recipe.epochs * part / PARTS) for part in range(PARTS + 1)}
-    images, labels = data.images[: recipe.batch], data.labels[: recipe.batch]
+    count = min(recipe.batch, IMAGES)
+    images, labels = data.images[:count], data.labels[:count]
     show_epoch = epochs_of(f"dense, seed {seed}", recipe, begin)
 
     def watch(done: int, network: nn.Module) -> None:
         show_epoch(done, network)
         if done in moments:
-            measured = measure(network, normalize(images), labels, settings)
+            smoothing = recipe.label_smoothing
+            measured = measure(network, normalize(images), labels, settings, smoothing)
             rows.extend({"epoch": done, **row} for row in measured)
 
-    train(recipe, {"backend": recipe.compiler}, data, test, seed, watch)
+    train_from(seed, watch)
     return rows
 
 
 def measure(
-    network: nn.Module, images: Tensor, labels: Tensor, settings: Sequence[Setting]
+    network: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    settings: Sequence[Setting],
+    smoothing: float = 0.0,
 ) -> list[Row]:
     """Compare the gradients of every convolution but the first, which is not pruned.
 
     Args:
         images: Floats (N, C, H, W).
+        smoothing: Of labels, in the loss.
 
     Returns:
         A row for each setting and convolution.
     """
     network = copy.deepcopy(network).train()
     first, *layers = convolutions(network)
-    dense = backward(network, images, labels)
+    dense = backward(network, images, labels, smoothing)
     rows = []
     for setting in settings:
-        arriving = backward(network, images, labels, keep=first, prune=setting.prune)
+        arriving = backward(network, images, labels, smoothing, first, setting.prune)
         for place, layer in enumerate(layers, start=2):
             gradient, size = dense[layer]
             pruned = setting.prune(gradient)
@@ -148,12 +163,14 @@ def backward(
     network: nn.Module,
     images: Tensor,
     labels: Tensor,
+    smoothing: float,
     keep: nn.Module | None = None,
     prune: Callable[[Tensor], Tensor] = lambda gradient: gradient,
 ) -> dict[nn.Conv2d, Backward]:
-    """Run a backward pass in eager mode, with the recipe's loss, and watch the convolutions.
+    """Run a backward pass in eager mode, and watch the convolutions.
 
     Args:
+        smoothing: Of labels, in the loss.
         keep: A convolution whose gradient is passed on as it is.
         prune: Applied to a gradient after it has arrived at any other convolution. The gradients
             of weights are then pruned, too; no use is made of them.
@@ -168,7 +185,7 @@ def backward(
         output.register_hook(arrive)
 
     hooks = [layer.register_forward_hook(watch) for layer in convolutions(network)]
-    F.cross_entropy(network(images), labels, label_smoothing=LABEL_SMOOTHING).backward()
+    F.cross_entropy(network(images), labels, label_smoothing=smoothing).backward()
     for hook in hooks:
         hook.remove()
     return met

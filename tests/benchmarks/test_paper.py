@@ -19,7 +19,7 @@ from benchmarks.paper.resnet9 import ResNet9, convolution
 from benchmarks.paper.scaled import ScaledPruning
 from benchmarks.paper.settings import BEYOND, CHANNELS, FIG8, PRECISION, TABLE1
 from sdgp_fx import SDGPConfig
-from sdgp_fx.config import INNER_COMPILERS
+from sdgp_fx.config import INNER_COMPILERS, PRUNING_FUNCTIONS
 
 from ..helpers.graphs import joint_graph
 
@@ -199,7 +199,7 @@ def trained(monkeypatch):
         value = 0.5 + 0.01 * seed + (0.001 if "options" not in compile else 0)
         return Run([2.0, 1.0], [0.1, value], [1.0, 1.0])
 
-    for module in (experiment, signals, maps):
+    for module in (experiment, maps):
         monkeypatch.setattr(module, "train", train)
     return calls
 
@@ -278,11 +278,11 @@ def test_arriving_gradients_are_those_of_the_backend():
     F.cross_entropy(network(inputs), batch.labels, label_smoothing=smoothing).backward()
     eager = Deep()
     first, *_ = signals.convolutions(eager)
-    signals.backward(eager, inputs, batch.labels, first, setting.prune)
+    signals.backward(eager, inputs, batch.labels, 0.1, first, setting.prune)
     compiled_first, *_ = signals.convolutions(network)
     torch.testing.assert_close(first.weight.grad, compiled_first.weight.grad, rtol=1e-4, atol=1e-6)
     # The hooks are gone.
-    dense = signals.backward(Deep(), inputs, batch.labels)
+    dense = signals.backward(Deep(), inputs, batch.labels, 0.1)
     eager.zero_grad()
     F.cross_entropy(eager(inputs), batch.labels, label_smoothing=smoothing).backward()
     assert not torch.allclose(first.weight.grad, compiled_first.weight.grad, rtol=1e-2)
@@ -309,6 +309,19 @@ def test_signals_of_a_layer():
     assert pruned["cosine"] ** 2 == pytest.approx(pruned["bias"])
     assert pruned["error"] ** 2 == pytest.approx(1 - pruned["bias"])
     assert all(map(torch.equal, before, network.state_dict().values()))
+
+
+@pytest.mark.parametrize("prune", PRUNING_FUNCTIONS)
+def test_whole_channels_are_pruned_in_eager_mode(prune):
+    gradient = torch.randn(3, 8, 5, 5)
+    setting = Setting("channels", SDGPConfig(prune=prune, structure="channel"))
+    pruned = setting.prune(gradient)
+    is_kept = pruned.abs().sum((0, 2, 3)) > 0
+    assert is_kept.view(2, 4).sum(1).tolist() == [2, 2]
+    factor = (pruned / gradient).mean((0, 2, 3))[is_kept]
+    kept = gradient[:, is_kept] * factor[:, None, None]
+    torch.testing.assert_close(pruned[:, is_kept], kept)
+    assert (factor == 1).all() == (prune in ("magnitude", "random"))
 
 
 def test_maps_of_the_second_convolution():

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 pytest.importorskip("torchvision", reason="needs torchvision")
 
-from benchmarks.paper import cifar10, experiment, fast
+from benchmarks.paper import cifar10, experiment, fast, signals
 from benchmarks.paper.__main__ import main
 from benchmarks.paper.cifar10 import Images, normalize
 from benchmarks.paper.experiment import Setting
@@ -247,6 +247,17 @@ def test_no_time_is_left(trainers, capsys):
     assert "dense" in capsys.readouterr().out
 
 
+def test_signals_along_training():
+    data = images(20)
+    settings = [RANDOM, Setting("channels", SDGPConfig(prune="magnitude", structure="channel"))]
+    rows = signals.run(settings, 2, TINY, data, data, None).rows
+    assert {row["seed"] for row in rows} == {0, 1}
+    assert {row["epoch"] for row in rows} == {0, 1, 2}
+    assert {row["layer"] for row in rows} == {2, 3, 4, 5, 6, 7}
+    assert {row["setting"] for row in rows} == {"random", "channels"}
+    assert all(0 < row["pruned"]["error"] < 1 for row in rows)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -255,7 +266,7 @@ def test_no_time_is_left(trainers, capsys):
         (["table1", "--recipe", "slow"], "--recipe: invalid choice: 'slow'"),
         (["table1", "--curve"], "--curve: expected --recipe fast, got paper"),
         (["table1", "--epochs", "1.5"], "--epochs: expected an int with --recipe paper, got 1.5"),
-        (["signal", "--recipe", "fast"], "--recipe: expected paper for signal, got fast"),
+        (["fig4", "--recipe", "fast"], "--recipe: expected paper for fig4, got fast"),
         (["table1", "--recipe", "fast"], "--batch: expected at most 10, the images, got 1024"),
     ],
 )
