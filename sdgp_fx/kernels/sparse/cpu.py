@@ -16,7 +16,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ...config import PRUNING_FUNCTIONS, RESCALE_SCOPES
+from ...config import RESCALE_SCOPES
 from .problem import Problem
 
 log = logging.getLogger(__name__)
@@ -24,6 +24,9 @@ log = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_name("pruned_input_grad.cpp")
 
 DTYPES = (torch.float32, torch.bfloat16)
+
+# The values of the enum Function in C++.
+FUNCTIONS = ("random", "magnitude", "rescaled_magnitude", "mvue")
 
 _Space = ctypes.c_int64 * 3
 
@@ -56,7 +59,12 @@ def pruned_input_grad(problem: Problem, result: Tensor) -> None:
     Args:
         problem: Checked; of one of DTYPES, with no size of 0. All strides are read in place.
         result: As from `empty_result`.
+
+    Raises:
+        ValueError: There is no such pruning function.
     """
+    if problem.prune not in FUNCTIONS:
+        raise ValueError(f"prune: the sparse product has no pruning function {problem.prune!r}")
     library = cast(ctypes.CDLL, _compiled()[0])
     grad_output, weight, seed = problem.grad_output, problem.weight, problem.seed
     groups, absent = problem.groups, 5 - grad_output.dim()
@@ -80,7 +88,7 @@ def pruned_input_grad(problem: Problem, result: Tensor) -> None:
         seed=0 if seed is None else int(seed),
         n=problem.n,
         m=problem.m,
-        function=PRUNING_FUNCTIONS.index(problem.prune),
+        function=FUNCTIONS.index(problem.prune),
         scope=RESCALE_SCOPES.index(problem.rescale),
         samples=grad_output.shape[0],
         groups=groups,

@@ -14,6 +14,7 @@ from sdgp_fx.config import PRUNING_FUNCTIONS
 from sdgp_fx.kernels import reference
 from sdgp_fx.kernels.sparse import cpu
 from sdgp_fx.kernels.sparse.op import PRUNED_INPUT_GRAD
+from sdgp_fx.kernels.sparse.problem import Problem
 
 from ...helpers import strategies
 from ...helpers.input_grads import SEED, cases, channels_last, make_case
@@ -340,6 +341,7 @@ def test_without_a_compiler_the_product_is_dense(tmp_path):
         + """
 from tests.helpers.input_grads import make_case
 from sdgp_fx.kernels.sparse.op import PRUNED_INPUT_GRAD
+from sdgp_fx.kernels.sparse.problem import Problem
 case = make_case(8, 8, (3,), (5,))
 pruned = torch.ops.sdgp.prune_nm(case.grad_output, None, 2, 4, "magnitude", "group", 1)
 result = PRUNED_INPUT_GRAD(*case.arguments(2, 4, "magnitude"))
@@ -360,3 +362,15 @@ def test_a_compiler_that_fails_is_told_apart(tmp_path):
     output, errors = process.communicate()
     assert output.splitlines()[-1:] == ["'the C++ compiler fails'"], errors
     assert "does not compile" in errors
+
+
+def test_every_function_is_known_and_an_unknown_one_refused(monkeypatch):
+    assert set(cpu.FUNCTIONS) == set(PRUNING_FUNCTIONS)
+    monkeypatch.setattr(cpu, "FUNCTIONS", ("random",))
+    x, weight = torch.randn(1, 8, 3, 3), torch.randn(8, 8, 1, 1)
+    problem = Problem(
+        *(x, weight, None, 2, 4, "magnitude", "group", x.shape),
+        *([1, 1], [0, 0], [1, 1], False, 1),
+    )
+    with pytest.raises(ValueError, match="sparse product has no pruning function 'magnitude'"):
+        cpu.pruned_input_grad(problem, torch.empty_like(x))
