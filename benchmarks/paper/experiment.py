@@ -218,25 +218,26 @@ def runs_of(rows: Sequence[Row], setting: Setting) -> list[Row]:
     return [row for row in rows if all(row[key] == value for key, value in facts.items())]
 
 
-def accuracies(rows: Sequence[Row], setting: Setting) -> dict[int, float]:
-    """Return the setting's test accuracy in percent, by seed."""
-    return {row["seed"]: 100 * row["accuracy"] for row in runs_of(rows, setting)}
+def accuracies(rows: Sequence[Row], setting: Setting, key: str = "accuracy") -> dict[int, float]:
+    """Return the setting's test accuracy in percent, by seed.
+
+    Args:
+        key: "fresh_accuracy" for that with BatchNorm's statistics computed anew, of runs with one.
+    """
+    return {row["seed"]: 100 * row[key] for row in runs_of(rows, setting) if key in row}
 
 
-def less_dense(rows: Sequence[Row], setting: Setting) -> list[float]:
+def less_dense(rows: Sequence[Row], setting: Setting, key: str = "accuracy") -> list[float]:
     """Return by how many percent the accuracy differs from that of dense gradients.
 
     Seed by seed, as both runs start from the same weights and see the same batches.
+
+    Args:
+        key: As for `accuracies`.
     """
-    dense = accuracies(rows, dataclasses.replace(setting, config=None, scale=1.0, dense_last=0.0))
-    own = accuracies(rows, setting)
+    without = dataclasses.replace(setting, config=None, scale=1.0, dense_last=0.0)
+    dense, own = (accuracies(rows, each, key) for each in (without, setting))
     return [value - dense[seed] for seed, value in own.items() if seed in dense]
-
-
-def fresh_less_dense(rows: Sequence[Row], setting: Setting) -> list[float]:
-    """Return as `less_dense` does, of tests with BatchNorm's statistics computed anew."""
-    known = [{**row, "accuracy": row.get("fresh_accuracy", math.nan)} for row in rows]
-    return [value for value in less_dense(known, setting) if not math.isnan(value)]
 
 
 def paper_less_dense(settings: Sequence[Setting], setting: Setting) -> float | None:
@@ -256,7 +257,8 @@ def show(rows: Sequence[Row], settings: Sequence[Setting]) -> None:
         own = list(accuracies(rows, setting).values())
         less, fresh, paper = [], [], None
         if setting.config:
-            less, fresh = less_dense(rows, setting), fresh_less_dense(rows, setting)
+            less = less_dense(rows, setting)
+            fresh = less_dense(rows, setting, "fresh_accuracy")
             paper = paper_less_dense(settings, setting)
         cells.append(
             [

@@ -60,11 +60,11 @@ def run(
     report = resume("paper signal", facts_of(recipe, data, test), data.labels.device, path)
     done = {row["seed"] for row in report.rows}
     missing = [seed for seed in range(seeds) if seed not in done]
-    dense = Setting("dense")
+    if not missing:
+        return report
+    train_from = make_trainer(Setting("dense"), recipe, data, test)
     with progress(len(missing) * math.ceil(recipe.epochs), estimate=True) as begin:
-        train_from = make_trainer(dense, recipe, data, test) if missing else None
         for seed in missing:
-            assert train_from is not None
             rows = train_and_measure(settings, seed, recipe, data, train_from, begin)
             report.add([{"seed": seed, **row} for row in rows])
     return report
@@ -96,8 +96,8 @@ def train_and_measure(
     def watch(done: int, network: nn.Module) -> None:
         show_epoch(done, network)
         if done in moments:
-            smoothing = recipe.label_smoothing
-            measured = measure(network, normalize(images), labels, settings, smoothing)
+            inputs = normalize(images)
+            measured = measure(network, inputs, labels, settings, recipe.label_smoothing)
             rows.extend({"epoch": done, **row} for row in measured)
 
     train_from(seed, watch)
@@ -109,7 +109,7 @@ def measure(
     images: Tensor,
     labels: Tensor,
     settings: Sequence[Setting],
-    smoothing: float = 0.0,
+    smoothing: float,
 ) -> list[Row]:
     """Compare the gradients of every convolution but the first, which is not pruned.
 

@@ -108,8 +108,10 @@ def inner_graphs(node: fx.Node) -> Iterator[tuple[fx.Graph, dict[fx.Node, fx.Nod
     fx.map_arg(node.args, arguments.append)
     operands = [argument for argument in arguments if argument.op != "get_attr"]
     for argument in arguments:
+        if argument.op != "get_attr":
+            continue
         inner = getattr(node.graph.owning_module, str(argument.target), None)
-        if argument.op == "get_attr" and isinstance(inner, fx.GraphModule):
+        if isinstance(inner, fx.GraphModule):
             inputs = inner.graph.find_nodes(op="placeholder")
             # A condition comes ahead of what a branch gets.
             given = operands[len(operands) - len(inputs) :] if len(inputs) <= len(operands) else []

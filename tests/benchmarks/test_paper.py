@@ -294,7 +294,8 @@ def test_signals_of_a_layer():
     settings = [Setting("magnitude", SDGPConfig(prune="magnitude")), Setting("dense")]
     network = Deep()
     before = [parameter.clone() for parameter in network.state_dict().values()]
-    rows = signals.measure(network, cifar10.normalize(batch.images), batch.labels, settings)
+    inputs = cifar10.normalize(batch.images)
+    rows = signals.measure(network, inputs, batch.labels, settings, cifar10.LABEL_SMOOTHING)
     assert [(row["setting"], row["layer"]) for row in rows] == [
         (name, layer) for name in ("magnitude", "dense") for layer in (2, 3)
     ]
@@ -366,7 +367,7 @@ def test_differences_from_dense(capsys):
     ]
     half = settings[1]
     assert experiment.less_dense(rows, half) == pytest.approx([-10, -20])
-    assert experiment.fresh_less_dense(rows, half) == pytest.approx([0, 10])
+    assert experiment.less_dense(rows, half, "fresh_accuracy") == pytest.approx([0, 10])
     assert experiment.paper_less_dense(settings, half) == pytest.approx(-0.1)
     experiment.show(rows, settings)
     line = next(line for line in capsys.readouterr().out.splitlines() if "half" in line)
@@ -375,7 +376,7 @@ def test_differences_from_dense(capsys):
     assert [word for word in line.split() if word not in ("half", "2", "±", "│")] == shown
     for row in rows:
         del row["fresh_accuracy"]  # As by the paper's recipe.
-    assert experiment.fresh_less_dense(rows, half) == []
+    assert experiment.less_dense(rows, half, "fresh_accuracy") == []
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

@@ -341,7 +341,6 @@ def test_without_a_compiler_the_product_is_dense(tmp_path):
         + """
 from tests.helpers.input_grads import make_case
 from sdgp_fx.kernels.sparse.op import PRUNED_INPUT_GRAD
-from sdgp_fx.kernels.sparse.problem import Problem
 case = make_case(8, 8, (3,), (5,))
 pruned = torch.ops.sdgp.prune_nm(case.grad_output, None, 2, 4, "magnitude", "group", 1)
 result = PRUNED_INPUT_GRAD(*case.arguments(2, 4, "magnitude"))
