@@ -25,7 +25,7 @@ def seen(tmp_path_factory):
     run = subprocess.run(
         [*launcher, "-m", "tests.helpers.train_distributed", str(file)],
         cwd=Path(__file__).parents[2],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"},
         capture_output=True,
         text=True,
     )
