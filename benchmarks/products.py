@@ -15,7 +15,7 @@ from sdgp_fx import SDGPConfig, explain
 from sdgp_fx.arguments import pattern, positive
 from sdgp_fx.config import PRUNING_FUNCTIONS
 from sdgp_fx.kernels.op import STOCHASTIC
-from sdgp_fx.kernels.sparse.op import why_not_sparse
+from sdgp_fx.kernels.sparse.op import why_no_product
 from sdgp_fx.measurement import timing
 from sdgp_fx.measurement.convolutions import Convolution, cold_operands
 from sdgp_fx.measurement.workload import Workload
@@ -42,7 +42,7 @@ def plan(
     config = SDGPConfig(prune=prune, targets=targets)
     tasks = []
     for workload in workloads:
-        reason = why_not_sparse(workload.torch_dtype, workload.device)
+        reason = why_no_product(workload.torch_dtype, workload.device)
         if reason:
             raise ValueError(f"--device, --dtype: expected what has a sparse product: {reason}")
         for layer, count in workload.count_convolutions(tuple(config.targets)).items():

@@ -175,12 +175,10 @@ def cpp_compiler() -> str:
 
 def find_sparse_product() -> Finding:
     """Compile what skips the zeros of pruned gradients on the CPU, or find it compiled."""
-    import torch
-
-    from ..kernels.sparse.op import why_not_sparse
+    from ..kernels.sparse.cpu import why_not_compiled
 
     name, begin = "sparse product", perf_counter()
-    reason = why_not_sparse(torch.float32, torch.device("cpu"))
+    reason = why_not_compiled()
     if reason:
         return Finding(name, f"{reason}: pruned gradients are multiplied as dense ones")
     seconds = perf_counter() - begin

@@ -10,8 +10,10 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..config import SDGPConfig
 from ..kernels import op
+from ..kernels.sparse.choice import why_not_chosen
 from ..kernels.sparse.op import why_not_sparse
-from .layers import Layer, plain_sizes
+from ..kernels.sparse.problem import Problem
+from .layers import Geometry, Layer, plain_sizes
 from .marks import DECISION
 from .profit import is_profitable, is_sparse_faster
 
@@ -166,8 +168,21 @@ def why_dense_product(layer: Layer, config: SDGPConfig) -> str:
         return NO_GEOMETRY
     if config.product == "auto" and not is_sparse_faster(layer, config):
         return NOT_FASTER
-    grad_output, weight = (node.meta["val"] for node in (layer.grad_output, layer.weight))
-    return why_not_sparse(grad_output.dtype, grad_output.device, weight.dtype)
+    problem = problem_of(layer, geometry, config)
+    if why := why_not_sparse(problem):
+        return why
+    return why_not_chosen(problem) if config.product == "auto" else ""
+
+
+def problem_of(layer: Layer, geometry: Geometry, config: SDGPConfig) -> Problem:
+    """Return what a sparse product of the layer would be given, of fake tensors."""
+    grad_output, weight, x = (
+        node.meta["val"] for node in (layer.grad_output, layer.weight, geometry.input)
+    )
+    return Problem(
+        *(grad_output, weight, None, config.n, config.m, config.prune, config.rescale),
+        *(x.shape, *geometry[1:]),
+    )
 
 
 def has_whole_groups(channels: Any, groups: int, m: int) -> bool:

@@ -138,7 +138,7 @@ def main():
     if dist.get_rank() == 0:
         torch.save(seen, file)
     dist.destroy_process_group()
-    # gloo's threads can still hold tensors, and abort where they meet an interpreter that finalizes.
+    # gloo's threads can still hold tensors, which aborts an interpreter that finalizes.
     os._exit(0)
 
 

@@ -8,28 +8,35 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from . import cpu
+from . import cpu, cuda
 from .problem import Problem, check, check_sizes, empty_result
 
 
-def why_not_sparse(
-    dtype: torch.dtype, device: torch.device, weight_dtype: torch.dtype | None = None
-) -> str:
-    """Return why a layer's pruned gradient is multiplied densely here; "" if its zeros are skipped.
-
-    The first call on a CPU may compile the product, which takes seconds.
+def why_not_sparse(problem: Problem) -> str:
+    """Return why a pruned gradient is multiplied densely; "" if its zeros are skipped.
 
     Args:
-        dtype: Of the gradient.
-        weight_dtype: Of the weight; by default that of the gradient.
+        problem: Of tensors that may be fake.
     """
-    if device.type != "cpu":
-        return "no sparse product for this device"
-    if dtype not in cpu.DTYPES:
-        return "dtype not supported by the sparse product"
-    if weight_dtype not in (None, dtype):
+    grad_output, weight = problem.grad_output, problem.weight
+    if why := why_no_product(grad_output.dtype, grad_output.device):
+        return why
+    if weight.dtype != grad_output.dtype:
         return "the weight's dtype is not the gradient's"
-    return cpu.why_not_compiled()
+    return cuda.why_not(problem) if grad_output.device.type == "cuda" else ""
+
+
+def why_no_product(dtype: torch.dtype, device: torch.device) -> str:
+    """Return why a device has no sparse product for gradients of a dtype; "" if it has one.
+
+    The first call for a CPU may compile it, which takes seconds.
+    """
+    skip_zeros = {"cpu": cpu, "cuda": cuda}.get(device.type)
+    if skip_zeros is None:
+        return "no sparse product for this device"
+    if dtype not in skip_zeros.DTYPES:
+        return "dtype not supported by the sparse product"
+    return cuda.why_no_architecture(device) if skip_zeros is cuda else cpu.why_not_compiled()
 
 
 @torch.library.custom_op(
@@ -61,18 +68,18 @@ def pruned_input_grad(*arguments: Any) -> Tensor:
 PRUNED_INPUT_GRAD = torch.ops.sdgp.pruned_input_grad.default
 
 
-@pruned_input_grad.register_kernel("cpu")
+@pruned_input_grad.register_kernel(("cpu", "cuda"))
 def _(*arguments: Any) -> Tensor:
     problem = Problem(*arguments)
-    grad_output, weight = problem.grad_output, problem.weight
-    if why_not_sparse(grad_output.dtype, grad_output.device, weight.dtype):
-        return _dense(problem)
     check(problem)
+    if why_not_sparse(problem):
+        return _dense(problem)
     check_sizes(problem)
     result = empty_result(problem)
-    if 0 in (grad_output.numel(), weight.numel(), result.numel()):
+    if 0 in (problem.grad_output.numel(), problem.weight.numel(), result.numel()):
         return result.zero_()
-    cpu.pruned_input_grad(problem, result)
+    skip_zeros = cuda if result.is_cuda else cpu
+    skip_zeros.pruned_input_grad(problem, result)
     return result
 
 

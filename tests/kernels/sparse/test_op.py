@@ -7,6 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from sdgp_fx.config import PRUNING_FUNCTIONS
 from sdgp_fx.kernels import reference
 from sdgp_fx.kernels.sparse import op
+from sdgp_fx.kernels.sparse.problem import Problem
 
 from ...helpers.input_grads import SEED, channels_last, make_case
 
@@ -75,15 +76,21 @@ def test_other_dtypes_are_multiplied_densely(layer, dtype):
         torch.testing.assert_close(result, expected.to(dtype), rtol=2e-3, atol=2e-2)
 
 
-def test_why_not_sparse():
-    host, gpu = torch.device("cpu"), torch.device("cuda")
-    assert op.why_not_sparse(torch.float32, host) == ""
-    assert op.why_not_sparse(torch.bfloat16, host, torch.bfloat16) == ""
+def test_why_no_product():
+    host = torch.device("cpu")
+    for dtype in (torch.float32, torch.bfloat16):
+        assert op.why_no_product(dtype, host) == ""
     for dtype in (torch.float16, torch.float64):
-        assert op.why_not_sparse(dtype, host) == "dtype not supported by the sparse product"
-    differs = op.why_not_sparse(torch.bfloat16, host, torch.float32)
+        assert op.why_no_product(dtype, host) == "dtype not supported by the sparse product"
+    other = op.why_no_product(torch.float32, torch.device("meta"))
+    assert other == "no sparse product for this device"
+
+
+def test_the_weight_has_the_gradients_dtype():
+    problem = Problem(*make_case(6, 16, (3, 3), (5, 5)).arguments())
+    assert op.why_not_sparse(problem) == ""
+    differs = op.why_not_sparse(problem._replace(weight=problem.weight.bfloat16()))
     assert differs == "the weight's dtype is not the gradient's"
-    assert op.why_not_sparse(torch.float32, gpu) == "no sparse product for this device"
 
 
 @pytest.mark.parametrize("last", [False, True])

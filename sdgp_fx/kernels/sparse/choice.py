@@ -1,0 +1,101 @@
+"""Choose between the dense and the sparse product on a GPU: measured once, and kept on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import store
+from .op import PRUNED_INPUT_GRAD
+from .problem import Problem
+
+NOT_FASTER = "measured to be faster"
+DETERMINISTIC = "deterministic algorithms are on, so nothing is measured"
+CAPTURED = "a CUDA graph is being captured, so nothing is measured"
+NOT_STATIC = "sizes not known when compiled, so nothing is measured"
+
+# Milliseconds of each product, after as many to warm up.
+TIME_MS = 50
+
+
+def why_not_chosen(problem: Problem) -> str:
+    """Return why the dense product is taken for what a GPU's sparse one covers; "" if it isn't.
+
+    The first call for a problem times both on the problem's device.
+
+    Args:
+        problem: Of tensors that may be fake.
+    """
+    grad_output = problem.grad_output
+    if torch.are_deterministic_algorithms_enabled():
+        return DETERMINISTIC
+    if not all(isinstance(size, int) for size in (*grad_output.shape, *problem.input_size)):
+        return NOT_STATIC
+    path = store.folder() / f"product-{_digest(problem)}.json"
+    if path.exists():
+        times = json.loads(path.read_text())
+    elif torch.cuda.is_current_stream_capturing():
+        return CAPTURED
+    else:
+        times = measure(problem)
+        store.write(path, json.dumps(times))
+    return "" if times["sparse_ms"] < times["dense_ms"] else NOT_FASTER
+
+
+def measure(problem: Problem) -> dict[str, float]:
+    """Time both products of a problem, on noise; return the medians in milliseconds.
+
+    Prune and packing are part of the sparse one. The dense one gets the gradient as it is, since
+    its prune is fused with what computes the gradient.
+    """
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+    from triton.testing import do_bench
+
+    with unset_fake_temporarily(), torch.no_grad():
+        products = products_of(_with_noise(problem))
+        return {
+            f"{name}_ms": do_bench(product, TIME_MS, TIME_MS, return_mode="median")
+            for name, product in products.items()
+        }
+
+
+def products_of(problem: Problem) -> dict[str, Callable[[], Tensor]]:
+    """Return functions that compute the input gradient: "sparse", and "dense" without a prune."""
+    grad_output, weight, *_, input_size, stride, padding, dilation, transposed, groups = problem
+    if grad_output.dim() == 2:
+        dense: Callable[[], Any] = partial(torch.mm, grad_output, weight)
+    else:
+        x = grad_output.new_empty(1).expand(tuple(input_size))
+        dense = partial(
+            torch.ops.aten.convolution_backward,
+            *(grad_output, x, weight, None, stride, padding, dilation, transposed),
+            *([0] * len(stride), groups, [True, False, False]),
+        )
+    return {"sparse": partial(PRUNED_INPUT_GRAD, *problem), "dense": dense}
+
+
+def _with_noise(problem: Problem) -> Problem:
+    """Return the problem with real tensors on its device, of the same strides."""
+    grad_output, weight = (
+        torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device).normal_()
+        for t in (problem.grad_output, problem.weight)
+    )
+    seed = torch.zeros(1, dtype=torch.int64, device=grad_output.device)
+    return problem._replace(grad_output=grad_output, weight=weight, seed=seed)
+
+
+def _digest(problem: Problem) -> str:
+    """Identify a problem on a device, and the libraries that compute it."""
+    tensors = [(tuple(t.shape), t.stride(), str(t.dtype)) for t in problem[:2]]
+    facts = [
+        *(torch.cuda.get_device_name(problem.grad_output.device), torch.__version__),
+        *(torch.backends.cudnn.version(), torch.backends.cudnn.benchmark, store.version()),
+        *(tensors, problem[3:]),
+    ]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:32]

@@ -1,0 +1,158 @@
+"""The sparse product of GPUs, on sparse tensor cores: which layers it covers, and its launches."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from . import driver
+from .binaries import Binary, find, path_of, why_no_compiler
+from .packed import Packed, can_pack
+from .problem import Problem
+from .tensor_cores import ARCHITECTURES, CHANNELS, Product, tiles
+
+DTYPES = (torch.bfloat16, torch.float16)
+
+
+def why_not(problem: Problem) -> str:
+    """Return why a problem has no sparse product on its GPU, which has some; "" if it has one.
+
+    Args:
+        problem: Of one of DTYPES.
+    """
+    if why := why_not_covered(problem):
+        return why
+    return _why_no_kernel(product_of(problem), problem.grad_output.device)
+
+
+def why_no_architecture(device: torch.device) -> str:
+    """Return why a GPU has no sparse product at all; "" if it has one."""
+    if torch.version.hip or not torch.cuda.is_available():
+        return "no sparse product for this device"
+    capability = torch.cuda.get_device_capability(device)
+    if capability not in ARCHITECTURES:
+        return f"no sparse product for compute capability {'.'.join(map(str, capability))}"
+    return ""
+
+
+def why_not_covered(problem: Problem) -> str:
+    """Return why a problem has no sparse product on any GPU; "" if it has one."""
+    grad_output, weight = problem.grad_output, problem.weight
+    if not can_pack(problem.n, problem.m):
+        return "keeps more than two of four channels"
+    if problem.prune == "rescaled_magnitude" and problem.rescale != "group":
+        return "the GPU's sparse product rescales by groups alone"
+    if problem.transposed or problem.groups != 1 or grad_output.dim() > 4:
+        return "no sparse product of this form on GPUs"
+    if any(stride != 1 for stride in problem.stride):
+        return "the GPU's sparse product has stride 1 alone"
+    sizes = (*weight.shape, *(() if _is_matrix(problem) else problem.input_size[2:]))
+    if not all(isinstance(size, int) for size in sizes):
+        return "sizes not known when compiled"
+    if any(size % CHANNELS for size in weight.shape[:2]):
+        return f"channels are no multiple of {CHANNELS}"
+    if any(halo < 0 for halo in halo_of(problem)):
+        return "padded by more than the kernel reaches"
+    return ""
+
+
+def halo_of(problem: Problem) -> tuple[int, ...]:
+    """Return how many positions of zeros the packed gradient needs on each side."""
+    kernel = problem.weight.shape[2:]
+    return tuple(
+        dilation * (size - 1) - padding
+        for size, dilation, padding in zip(kernel, problem.dilation, problem.padding, strict=True)
+    )
+
+
+def product_of(problem: Problem) -> Product:
+    """Return what a kernel for a covered problem is compiled for."""
+    if _is_matrix(problem):
+        size, kernel, dilation = [1, 1], [1, 1], [1, 1]
+    else:
+        size, kernel, dilation = (
+            [1] * (4 - problem.grad_output.dim()) + list(values)
+            for values in (problem.input_size[2:], problem.weight.shape[2:], problem.dilation)
+        )
+    return Product(
+        dtype=str(problem.grad_output.dtype).removeprefix("torch."),
+        height=size[0],
+        width=size[1],
+        out_channels=int(problem.grad_output.shape[1]),
+        in_channels=int(problem.input_size[1]),
+        kernel=(kernel[0], kernel[1]),
+        dilation=(dilation[0], dilation[1]),
+    )
+
+
+def pruned_input_grad(problem: Problem, result: Tensor) -> None:
+    """Write the input gradient into result.
+
+    Args:
+        problem: Covered, with no size of 0. A gradient, or a weight, whose channels are not
+            adjacent is copied to channels-last memory first.
+        result: As from `empty_result`; one in contiguous memory is computed in channels-last
+            memory and copied.
+    """
+    # Triton is not there on every platform.
+    from .triton_pack import prune_and_pack
+
+    _, _, seed, n, m, prune, *_ = problem
+    grad_output = _channels_last(problem.grad_output)
+    packed = prune_and_pack(grad_output, seed, n, m, prune, halo_of(problem))
+    product = product_of(problem)
+    out = _channels_last(result)
+    multiply(_binary(product, result.device), product, packed, problem.weight, out)
+    if out.data_ptr() != result.data_ptr():
+        result.copy_(out)
+
+
+def multiply(binary: Binary, product: Product, packed: Packed, weight: Tensor, out: Tensor) -> None:
+    """Multiply a packed gradient, into out, which is in channels-last memory."""
+    weight = _channels_last(weight)
+    if weight.data_ptr() % 16:
+        weight = weight.clone()
+    tensors = {**packed._asdict(), "weight": weight, "out": out}
+    rows = out.numel() // product.in_channels
+    tile = binary.kernel.tile
+    grid = (-(-product.in_channels // tile.columns), -(-rows // tile.rows))
+    batch = rows // (product.height * product.width)
+    driver.launch(binary, out.device, grid, tensors, batch)
+
+
+@functools.cache
+def _why_no_kernel(product: Product, device: torch.device) -> str:
+    """Return why a product has no kernel on a GPU; "" if it has one, or one can be compiled."""
+    architecture = ARCHITECTURES[torch.cuda.get_device_capability(device)]
+    why = why_no_compiler()
+    if why and not path_of(product, tiles(product, architecture)[0], architecture).exists():
+        return why
+    return ""
+
+
+@functools.cache
+def _binary(product: Product, device: torch.device) -> Binary:
+    """Return the kernel that computes a product on a device.
+
+    Raises:
+        RuntimeError: There is none, and it cannot be compiled.
+    """
+    architecture = ARCHITECTURES[torch.cuda.get_device_capability(device)]
+    binary = find(product, tiles(product, architecture)[0], architecture)
+    if binary is None:
+        raise RuntimeError(f"no kernel for {product} on {architecture}: {why_no_compiler()}")
+    return binary
+
+
+def _is_matrix(problem: Problem) -> bool:
+    """Whether the positions are rows like any others: a kernel of size 1 without padding."""
+    return all(size == 1 for size in problem.weight.shape[2:]) and not any(problem.padding)
+
+
+def _channels_last(tensor: Tensor) -> Tensor:
+    """Return a tensor (N, C, *positions), with C innermost in memory; a copy if it has to be."""
+    if tensor.dim() == 2:
+        return tensor.contiguous()
+    return tensor.movedim(1, -1).contiguous().movedim(-1, 1)

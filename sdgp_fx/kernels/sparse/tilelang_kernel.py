@@ -1,0 +1,139 @@
+"""The product on sparse tensor cores, in TileLang, lowered and compiled without a GPU.
+
+Importing this needs TileLang. Annotations are evaluated by TileLang, so they are no strings here.
+"""
+
+from typing import Any
+
+import tilelang
+import tilelang.language as T
+import tvm
+from tilelang.contrib import nvcc
+from tilelang.env import CUTLASS_INCLUDE_DIR, TILELANG_TEMPLATE_PATH
+
+from .tensor_cores import Kernel, Product, Tile
+
+
+def lower(product: Product, tile: Tile, architecture: str) -> Kernel:
+    """Lower the product to CUDA."""
+    target = tvm.target.Target({"kind": "cuda", "arch": architecture})
+    function = _input_grad(product, tile, wgmma=architecture == "sm_90")
+    with tvm.transform.PassContext(), target:
+        artifact = tilelang.lower(function, target=target)
+    calls = _packed_calls(artifact.host_mod)
+    (entry,) = (name for name in calls if not name.startswith("__"))
+    *operands, _, _, threads, _, _, shared_bytes = calls[entry]
+    names = {"N": "batch", "weight_desc": "weight_map"}
+    arguments = tuple(names.get(name, name) for name in map(_plain, operands))
+    tensor_map = None
+    if "__tvm_tensormap_create_tiled" in calls:
+        _, kind, rank, _, *rest = map(_plain, calls["__tvm_tensormap_create_tiled"])
+        # The innermost stride is one element, which the driver is not told.
+        sizes, strides, box, steps = (tuple(rest[i * rank : (i + 1) * rank]) for i in range(4))
+        tensor_map = (kind, rank, sizes, strides[1:], box, steps, *rest[4 * rank :])
+    return Kernel(
+        source=artifact.kernel_source,
+        entry=entry,
+        arguments=arguments,
+        tile=tile,
+        threads=_plain(threads),
+        shared_bytes=_plain(shared_bytes),
+        tensor_map=tensor_map,
+    )
+
+
+def compile_cubin(kernel: Kernel, architecture: str) -> bytes:
+    """Compile a kernel to machine code, by nvcc."""
+    # wgmma is of this architecture alone, not of later ones.
+    accurate = {"sm_90": "sm_90a"}.get(architecture, architecture)
+    options = ["-std=c++20", f"-I{TILELANG_TEMPLATE_PATH}", f"-I{CUTLASS_INCLUDE_DIR}"]
+    return bytes(nvcc.compile_cuda(kernel.source, "cubin", [f"-arch={accurate}"], options=options))
+
+
+def _packed_calls(module: Any) -> dict[str, list[Any]]:
+    """Return the arguments of the functions that a host module calls, by their names."""
+    calls: dict[str, list[Any]] = {}
+
+    def visit(node: Any) -> None:
+        if isinstance(node, tvm.tirx.Call) and "call_packed" in str(node.op):
+            name, *arguments = node.args
+            calls[str(name.value)] = arguments
+
+    for function in module.functions.values():
+        tvm.tirx.stmt_functor.post_order_visit(function.body, visit)
+    return calls
+
+
+def _plain(value: Any) -> Any:
+    """Return a number, or the name of a variable."""
+    return int(value.value) if hasattr(value, "value") else str(value.name)
+
+
+def _input_grad(product: Product, tile: Tile, wgmma: bool) -> Any:
+    """Write the product in TileLang.
+
+    The packed gradient is gathered row by row from its halo, so that no load has a condition; rows
+    past the last repeat it. Taps are the kernel's in reverse order. wgmma.sp reads the gradient
+    from registers: its copies are not ordered before reads of shared memory by that instruction.
+    """
+    N = T.dynamic("N")
+    dtype = getattr(T, product.dtype)
+    C, F, W = product.out_channels, product.in_channels, product.width
+    positions = product.height * W
+    kh, kw = product.kernel
+    dh, dw = product.dilation
+    padded = product.padded
+    rows, columns, depth, stages, threads = tile
+
+    @T.prim_func
+    def input_grad(
+        values: T.Tensor((N, *padded, C // 2), dtype),
+        places: T.Tensor((N, *padded, C // 16), T.int16),
+        weight: T.Tensor((C, kh * kw, F), dtype),
+        out: T.Tensor((N * positions, F), dtype),
+    ) -> None:
+        with T.Kernel(T.ceildiv(F, columns), T.ceildiv(N * positions, rows), threads=threads) as (
+            bx,
+            by,
+        ):
+            a = T.alloc_shared((rows, depth // 2), dtype)
+            e = T.alloc_shared((rows, depth // 16), T.int16)
+            b = T.alloc_shared((depth, columns), dtype)
+            c = T.alloc_fragment((rows, columns), T.float32)
+            kept = T.alloc_fragment((rows, depth // 2), dtype)
+            T.clear(c)
+            for step in T.Pipelined(kh * kw * (C // depth), num_stages=stages):
+                tap = step // (C // depth)
+                part = step % (C // depth)
+                for i, j in T.Parallel(rows, depth // 2):
+                    at = T.min(by * rows + i, N * positions - 1)
+                    a[i, j] = values[
+                        at // positions,
+                        at % positions // W + tap // kw * dh,
+                        at % W + tap % kw * dw,
+                        part * (depth // 2) + j,
+                    ]
+                for i, j in T.Parallel(rows, depth // 16):
+                    at = T.min(by * rows + i, N * positions - 1)
+                    e[i, j] = places[
+                        at // positions,
+                        at % positions // W + tap // kw * dh,
+                        at % W + tap % kw * dw,
+                        part * (depth // 16) + j,
+                    ]
+                T.copy(
+                    weight[
+                        part * depth : (part + 1) * depth,
+                        kh * kw - 1 - tap,
+                        bx * columns : (bx + 1) * columns,
+                    ],
+                    b,
+                )
+                if wgmma:
+                    T.copy(a, kept)
+                    T.gemm_sp(kept, e, b, c)
+                else:
+                    T.gemm_sp(a, e, b, c)
+            T.copy(c, out[by * rows, bx * columns])
+
+    return input_grad
