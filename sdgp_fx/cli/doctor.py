@@ -73,6 +73,7 @@ def examine() -> Iterator[Finding]:
     yield find_triton()
     yield find_cpp(config.inner)
     yield find_sparse_product()
+    yield find_sparse_tensor_cores()
     yield find_plan(config.inner)
     yield find_training(config.inner)
 
@@ -183,6 +184,22 @@ def find_sparse_product() -> Finding:
         return Finding(name, f"{reason}: pruned gradients are multiplied as dense ones")
     seconds = perf_counter() - begin
     return Finding(name, f"skips the zeros on the CPU; compiled or found in {seconds:.1f} s")
+
+
+def find_sparse_tensor_cores() -> Finding:
+    """Look for what skips the zeros of pruned gradients on the GPU."""
+    import torch
+
+    from ..kernels.sparse.binaries import why_no_compiler
+    from ..kernels.sparse.cuda import why_no_architecture
+
+    name, dense = "sparse tensor cores", "pruned gradients are multiplied as dense ones on GPUs"
+    if why := why_no_compiler():
+        return Finding(name, f'{why}: {dense}; pip install "sdgp_fx[sparse]" brings both')
+    compiles = f"TileLang {version('tilelang')} and nvcc compile products that skip the zeros"
+    if torch.cuda.is_available() and (why := why_no_architecture(torch.device("cuda"))):
+        return Finding(name, f"{why}: {dense}")
+    return Finding(name, compiles)
 
 
 def find_plan(inner: str) -> Finding:

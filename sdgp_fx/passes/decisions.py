@@ -13,7 +13,7 @@ from ..kernels import op
 from ..kernels.sparse.choice import why_not_chosen
 from ..kernels.sparse.op import why_not_sparse
 from ..kernels.sparse.problem import Problem
-from .layers import Geometry, Layer, plain_sizes
+from .layers import Layer, plain_sizes
 from .marks import DECISION
 from .profit import is_profitable, is_sparse_faster
 
@@ -94,11 +94,11 @@ def decide(layer: Layer, names: Sequence[str], config: SDGPConfig, in_backward: 
         return dataclasses.replace(cast(Decision, pruned.meta[DECISION]), layer=layer)
     if pruned is None:
         reason = why_not_possible(layer, names, config, in_backward)
-    dense_product = why_dense_product(layer, config) if not reason else ""
     if not reason and pruned is None and config.layers == "profitable":
-        can_save = config.structure == "channel" or not dense_product
+        can_save = config.structure == "channel" or not why_no_sparse_product(layer, config)
         if not can_save or not is_profitable(layer, config):
             reason = NOT_PROFITABLE[config.structure]
+    dense_product = "" if reason else why_dense_product(layer, config)
     product = "" if reason else "dense" if dense_product else "sparse"
     return Decision(
         module=", ".join(names) if names else UNKNOWN,
@@ -157,6 +157,14 @@ def why_not_selected(names: Sequence[str], config: SDGPConfig) -> str:
 
 def why_dense_product(layer: Layer, config: SDGPConfig) -> str:
     """Return why what is pruned is multiplied densely; "" if its zeros are skipped."""
+    why = why_no_sparse_product(layer, config)
+    if why or config.product == "sparse" or layer.grad_output.meta["val"].device.type != "cuda":
+        return why
+    return why_not_chosen(problem_of(layer, config))
+
+
+def why_no_sparse_product(layer: Layer, config: SDGPConfig) -> str:
+    """Return why no product that skips zeros is considered; "" if one is. Nothing is measured."""
     if config.structure == "channel":
         return WHOLE_CHANNELS
     if config.product == "dense":
@@ -168,14 +176,13 @@ def why_dense_product(layer: Layer, config: SDGPConfig) -> str:
         return NO_GEOMETRY
     if config.product == "auto" and not is_sparse_faster(layer, config):
         return NOT_FASTER
-    problem = problem_of(layer, geometry, config)
-    if why := why_not_sparse(problem):
-        return why
-    return why_not_chosen(problem) if config.product == "auto" else ""
+    return why_not_sparse(problem_of(layer, config))
 
 
-def problem_of(layer: Layer, geometry: Geometry, config: SDGPConfig) -> Problem:
-    """Return what a sparse product of the layer would be given, of fake tensors."""
+def problem_of(layer: Layer, config: SDGPConfig) -> Problem:
+    """Return what a sparse product of a layer with a geometry is given, of fake tensors."""
+    geometry = layer.geometry
+    assert geometry is not None
     grad_output, weight, x = (
         node.meta["val"] for node in (layer.grad_output, layer.weight, geometry.input)
     )

@@ -81,7 +81,7 @@ class SparseCost(NamedTuple):
 
 # Fitted to times on AMD EPYC in float32 with two threads (AVX2), of python -m benchmarks.products.
 # What is saved has to be more than MARGIN of the product.
-SPARSE_COST = {"cpu": SparseCost(1.5, 1.3, 20, 6, 12, 130, 6, 3e6)}
+SPARSE_COST = SparseCost(1.5, 1.3, 20, 6, 12, 130, 6, 3e6)
 MARGIN = 0.03
 
 # Of float32 in a vector of the CPU; vectors of a row of sums, and output channels of a slab, which
@@ -91,15 +91,22 @@ ROW_VECTORS = 8
 SLAB_CHANNELS = 64
 
 
+# Multiply-adds that a GPU makes while it moves the bytes of packing a value of grad_output, which
+# is read, and written as 9/16 of it; in bfloat16, at the rates of COST. Sparse tensor cores make
+# half of the multiply-adds, whatever n:m.
+GPU_PACKING = 287
+
+
 def is_sparse_faster(layer: Layer, config: SDGPConfig) -> bool:
     """Whether the product that skips zeros is expected to take less time than the dense one.
 
-    Symbolic sizes count as large ones. Nothing is known against it on a device without costs.
+    Symbolic sizes count as large ones. On a GPU that is the best case, calculated from bytes; what
+    it takes has to be measured.
     """
     grad_output, weight = (node.meta["val"] for node in (layer.grad_output, layer.weight))
-    cost = SPARSE_COST.get(grad_output.device.type)
-    if cost is None:
-        return True
+    if grad_output.device.type != "cpu":
+        return statically_known_true(layer.macs_per_grad_value / 2 >= GPU_PACKING)
+    cost = SPARSE_COST
     values, results, weights = grad_output.numel(), layer.input_grad.numel(), weight.numel()
     in_channels = layer.input.meta["val"].shape[layer.channel_dim] // layer.groups
     out_channels = layer.channels // layer.groups
