@@ -1,0 +1,267 @@
+"""Run CUDA source that TileLang generated, for sm_80 or sm_90, on the CPU: a fiber a thread.
+
+The emulator follows the hardware's rules, not the generated code's intentions, and where a rule
+leaves room it does the worst that the rule allows:
+
+- A warp goes as far as it can before the next one moves.
+- A copy by cp.async or TMA destroys (with NaN) what it will overwrite when it is issued, and lands
+  when a wait makes it land: a wait of the thread for its groups, or somebody's wait for the phase
+  of an mbarrier that the copy takes part in, once no thread can go on without it.
+- wgmma reads shared memory and registers when its warpgroup waits for it and no thread can go on
+  without it. Until then its accumulators are NaN. Metadata is taken when it is issued.
+- What ordinary stores and cp.async wrote to shared memory must be fenced (fence.proxy.async) before
+  wgmma or a TMA store reads it: the fence must come after the write and before the read along the
+  barriers that order the threads, and each warp that reads must be behind such a fence. It is
+  looked up by vector clocks, for every two bytes.
+
+Errors, with block and thread: metadata whose two places of a group do not ascend; cp.async, TMA,
+ldmatrix or wgmma outside of memory or misaligned; an access past a tensor's ends, or a store to a
+const tensor (tensors are fenced off by pages; what shares a page with a tensor is NaN); more
+arrivals at an mbarrier than a phase has; an mbarrier that is not initialized, or not yet for this
+thread or for TMA; a batch of wgmma with no wgmma.fence before it, and accumulators that are written
+while it is under way; TMA stores that a thread ends without waiting for; threads that do not agree
+on a collective; and a deadlock, with what each thread waits for.
+
+Not emulated: clusters, multicast, TMA reductions, dense and 8-bit tensor cores, float16 sums, and
+`__shared__` arrays but mbarriers. Not seen: a race of plain loads and stores that one order of
+threads happens to hide; a store of the value that is there already; whether wgmma.fence comes after
+the registers were last written; reads of shared memory that TMA overwrites too early and that come
+before the overwriting load is issued.
+"""
+
+import ctypes
+import hashlib
+import os
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+_HERE = Path(__file__).parent
+_COMPILE = ["g++", "-O2", "-std=c++20", "-fPIC", "-fno-strict-aliasing", "-U_FORTIFY_SOURCE", "-w"]
+
+
+class EmulationError(Exception):
+    """What the hardware would have done wrong, or left undefined."""
+
+
+@dataclass
+class TensorMap:
+    """How TMA goes through a tensor: a CUtensorMap. The innermost dimension comes first.
+
+    Attributes:
+        tensor: The tensor's name among those that the kernel is run on.
+        element: Bytes of an element.
+        size: Elements by dimension.
+        stride: Bytes from one element to the next, by dimension.
+        box: Elements that one instruction copies, by dimension.
+        swizzle: Bytes of a row of shared memory that is swizzled: 0, 32, 64 or 128.
+    """
+
+    tensor: str
+    element: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    box: tuple[int, ...]
+    swizzle: int = 0
+
+    def __post_init__(self):
+        rank, row = len(self.size), self.box[0] * self.element
+        if not (1 <= rank <= 5 and len(self.stride) == rank and len(self.box) == rank):
+            raise ValueError(f"size, stride and box need the same length, of 1 to 5: got {self}")
+        if self.stride[0] != self.element or any(stride % 16 for stride in self.stride[1:]):
+            raise ValueError(f"strides must be multiples of 16, the first dense: got {self.stride}")
+        if row % 16 or any(not 1 <= box <= 256 for box in self.box):
+            raise ValueError(f"box needs rows of 16 bytes and 1 to 256 elements: got {self.box}")
+        if self.swizzle and row != self.swizzle:
+            raise ValueError(f"box needs rows of the swizzle's {self.swizzle} bytes: got {row}")
+
+
+class _Map(ctypes.Structure):
+    _fields_ = [
+        ("tensor", ctypes.c_ssize_t),
+        *((name, ctypes.c_int64) for name in ("element", "rank", "swizzle")),
+        *((name, ctypes.c_int64 * 5) for name in ("size", "stride", "box")),
+    ]
+
+
+class _Tensor(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), ("bytes", ctypes.c_int64), ("written", ctypes.c_int64)]
+
+
+class _Launch(ctypes.Structure):
+    _fields_ = [
+        ("tensors", ctypes.POINTER(_Tensor)),
+        ("maps", ctypes.POINTER(_Map)),
+        ("scalars", ctypes.POINTER(ctypes.c_int64)),
+        ("tensor_count", ctypes.c_int),
+        ("map_count", ctypes.c_int),
+        ("grid", ctypes.c_int * 3),
+        ("threads", ctypes.c_int),
+        ("shared_bytes", ctypes.c_int),
+        ("stores_matter", ctypes.c_int),
+    ]
+
+
+def emulate(source, cache_dir):
+    """Compile a kernel's generated source with g++ and return a function that runs it on the CPU.
+
+    Args:
+        source: What TileLang generated for one kernel.
+        cache_dir: A folder for what is compiled; the same source is compiled once.
+
+    Returns:
+        A function of (grid, threads, shared_bytes, maps=(), **arguments): up to three numbers of
+        blocks, threads of a block, bytes of dynamic shared memory, TensorMaps by the name of their
+        parameter, and the kernel's other arguments by name: contiguous CPU tensors, those that
+        only a map refers to included, and ints. It raises EmulationError.
+    """
+    name, parameters = _signature(source)
+    calls, numbers = [], {"tensors": [], "maps": [], "scalars": []}
+    for type_, parameter in parameters:
+        if "CUtensorMap" in type_:
+            kind, call = "maps", "arguments.maps[{}]"
+        elif "*" in type_:
+            kind, call = "tensors", f"({type_})arguments.tensors[{{}}]"
+        else:
+            kind, call = "scalars", f"({type_})arguments.scalars[{{}}]"
+        calls.append(call.format(len(numbers[kind])))
+        numbers[kind].append(parameter)
+    written = {name for type_, name in parameters if "*" in type_ and "const" not in type_}
+    library = _compile(_translate(source, name, ", ".join(calls)), Path(cache_dir))
+    library.emulate.restype = ctypes.c_char_p
+    # A plain store is of interest where something reads shared memory behind the threads' backs.
+    stores_matter = "wgmma" in source or "tma_store" in source
+
+    def run(grid, threads, shared_bytes, maps=None, **arguments):
+        maps = maps or {}
+        if threads % 32 or ("wgmma" in source and threads % 128):
+            raise ValueError(f"threads must be whole warps, or warpgroups for wgmma: got {threads}")
+        # The kernel's own pointers first: the source numbers those.
+        tensors = numbers["tensors"] + [
+            name for name in arguments if name not in sum(numbers.values(), [])
+        ]
+        for name in tensors:
+            if not (arguments[name].is_contiguous() and arguments[name].device.type == "cpu"):
+                raise ValueError(f"{name} must be a contiguous CPU tensor")
+        # A map may store to its tensor.
+        stored = {maps[name].tensor for name in numbers["maps"] if re.search(rf"tma_store(<[^>]*>)?\({name}\b", source)}
+        launch = _Launch(
+            (_Tensor * len(tensors))(
+                *(
+                    _Tensor(t.data_ptr(), t.nbytes, name in written | stored)
+                    for name in tensors
+                    for t in [arguments[name]]
+                )
+            ),
+            (_Map * len(maps))(*(_map(maps[name], tensors) for name in numbers["maps"])),
+            (ctypes.c_int64 * len(numbers["scalars"]))(*map(arguments.get, numbers["scalars"])),
+            len(tensors),
+            len(maps),
+            (ctypes.c_int * 3)(*grid, *[1] * (3 - len(grid))),
+            threads,
+            shared_bytes,
+            stores_matter,
+        )
+        error = library.emulate(ctypes.byref(launch))
+        if error:
+            raise EmulationError(error.decode())
+
+    return run
+
+
+def launch(host, source, **sizes):
+    """Read from the host's module, as text, how it launches a kernel.
+
+    Args:
+        host: The text of TileLang's host module (`str(artifact.host_mod)`).
+        source: The kernel's generated source.
+        sizes: The values of dynamic sizes.
+
+    Returns:
+        `grid`, `threads`, `shared_bytes` and `maps`, as the function of `emulate` takes them.
+    """
+
+    def calls(callee):
+        for text in re.findall(rf'T\.call_packed\("{callee}", (.*)\)\n', host):
+            yield re.split(r",\s*(?![^()]*\))", text)
+
+    def value(text):
+        return eval(text, {"__builtins__": {}}, sizes)
+
+    maps = {}
+    for parameter, _, rank, tensor, *numbers in calls("__tvm_tensormap_create_tiled"):
+        rank = int(rank)
+        numbers = [value(number) for number in numbers]
+        size, stride, box, step = (
+            tuple(numbers[i : i + rank]) for i in range(0, 4 * rank, rank)
+        )
+        interleave, swizzle, _, fill = numbers[4 * rank :]
+        assert (interleave, fill) == (0, 0)
+        assert set(step) == {1}
+        maps[parameter] = TensorMap(tensor, stride[0], size, stride, box, (0, 32, 64, 128)[swizzle])
+    name, parameters = _signature(source)
+    (call,) = calls(name)
+    *grid, threads, y, z, shared_bytes = [value(text) for text in call[len(parameters) :]]
+    assert y == z == 1
+    return {"grid": grid, "threads": threads, "shared_bytes": shared_bytes, "maps": maps}
+
+
+def _map(map_, tensors):
+    def padded(numbers):
+        return (ctypes.c_int64 * 5)(*numbers)
+
+    return _Map(
+        tensors.index(map_.tensor),
+        map_.element,
+        len(map_.size),
+        map_.swizzle,
+        padded(map_.size),
+        padded(map_.stride),
+        padded(map_.box),
+    )
+
+
+def _signature(source):
+    """Return the kernel's name and its parameters' types and names."""
+    match = re.search(r'extern "C" __global__ void (?:__launch_bounds__\([^)]*\) )?(\w+)\((.*?)\)', source)
+    parameters = [p.replace("__restrict__", "").rsplit(None, 1) for p in match[2].split(",")]
+    return match[1], [(type_.strip(), name) for type_, name in parameters]
+
+
+def _translate(source, name, call):
+    lines = [line for line in source.splitlines() if not line.startswith("#") or "pragma" in line]
+    text = re.sub(
+        r"extern __shared__ [^;]*?(\w+)\[\];", r"uchar* \1 = emulated::shared;", "\n".join(lines)
+    )
+    return f"""#include "runtime.h"
+namespace emulated {{ extern uchar *shared; }}
+{text}
+extern "C" const char *emulate(const emulated::Launch *launch) {{
+  return emulated::run(*launch, [](const emulated::Arguments &arguments) {{ {name}({call}); }});
+}}
+"""
+
+
+def _compile(text, folder):
+    headers = sorted(_HERE.glob("*.h"))
+    runtime = _HERE / "runtime.cpp"
+    contents = b"".join(path.read_bytes() for path in [*headers, runtime])
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def built(name, suffix, *arguments):
+        path = folder / f"{name}{suffix}"
+        if not path.exists():
+            # Others may compile the same: what has the name is whole.
+            part = folder / f"{name}-{os.getpid()}{suffix}"
+            subprocess.run([*_COMPILE, f"-I{_HERE}", *arguments, "-o", part], check=True)
+            part.rename(path)
+        return path
+
+    object_ = built(hashlib.sha256(contents).hexdigest()[:16], ".o", "-c", runtime)
+    name = hashlib.sha256(contents + text.encode()).hexdigest()[:16]
+    source = folder / f"{name}.cpp"
+    source.write_text(text)
+    return ctypes.CDLL(built(name, ".so", "-shared", source, object_))
