@@ -47,7 +47,7 @@ def launch(
     for name in kernel.arguments:
         if name == "batch":
             values.append(ctypes.c_int32(batch))
-        elif name == "weight_map":
+        elif name == "weight_desc":
             values.append(_encode(kernel.tensor_map or (), tensors["weight"].data_ptr()))
         else:
             values.append(ctypes.c_void_p(tensors[name].data_ptr()))

@@ -71,7 +71,7 @@ class Kernel(NamedTuple):
         source: CUDA.
         entry: Name of the function.
         arguments: Names of its parameters, in order: "values", "places", "weight" and "out" are
-            pointers, "weight_map" is the tensor map of the weight, "batch" an int.
+            pointers, "weight_desc" is the tensor map of the weight, "batch" an int.
         tile: What a block computes; the grid is (columns, rows).
         threads: Of a block.
         shared_bytes: Dynamic shared memory of a block.

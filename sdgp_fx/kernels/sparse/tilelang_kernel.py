@@ -23,8 +23,6 @@ def lower(product: Product, tile: Tile, architecture: str) -> Kernel:
     calls = _packed_calls(artifact.host_mod)
     (entry,) = (name for name in calls if not name.startswith("__"))
     *operands, _, _, threads, _, _, shared_bytes = calls[entry]
-    names = {"N": "batch", "weight_desc": "weight_map"}
-    arguments = tuple(names.get(name, name) for name in map(_plain, operands))
     tensor_map = None
     if "__tvm_tensormap_create_tiled" in calls:
         _, kind, rank, _, *rest = map(_plain, calls["__tvm_tensormap_create_tiled"])
@@ -34,7 +32,7 @@ def lower(product: Product, tile: Tile, architecture: str) -> Kernel:
     return Kernel(
         source=artifact.kernel_source,
         entry=entry,
-        arguments=arguments,
+        arguments=tuple(map(_plain, operands)),
         tile=tile,
         threads=_plain(threads),
         shared_bytes=_plain(shared_bytes),
@@ -76,7 +74,7 @@ def _input_grad(product: Product, tile: Tile, wgmma: bool) -> Any:
     past the last repeat it. Taps are the kernel's in reverse order. wgmma.sp reads the gradient
     from registers: its copies are not ordered before reads of shared memory by that instruction.
     """
-    N = T.dynamic("N")
+    N = T.dynamic("batch")
     dtype = getattr(T, product.dtype)
     C, F, W = product.out_channels, product.in_channels, product.width
     positions = product.height * W

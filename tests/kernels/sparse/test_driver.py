@@ -68,7 +68,7 @@ int cuLaunchKernel(void *function, unsigned x, unsigned y, unsigned z, unsigned 
 KERNEL = Kernel(
     source="",
     entry="input_grad_kernel",
-    arguments=("out", "weight_map", "batch"),
+    arguments=("out", "weight_desc", "batch"),
     tile=Tile(128, 64, 64, 3, 128),
     threads=256,
     shared_bytes=52224,
