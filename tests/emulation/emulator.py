@@ -147,7 +147,11 @@ def emulate(source, cache_dir):
             if not (arguments[name].is_contiguous() and arguments[name].device.type == "cpu"):
                 raise ValueError(f"{name} must be a contiguous CPU tensor")
         # A map may store to its tensor.
-        stored = {maps[name].tensor for name in numbers["maps"] if re.search(rf"tma_store(<[^>]*>)?\({name}\b", source)}
+        stored = {
+            maps[name].tensor
+            for name in numbers["maps"]
+            if re.search(rf"tma_store(<[^>]*>)?\({name}\b", source)
+        }
         launch = _Launch(
             (_Tensor * len(tensors))(
                 *(
@@ -195,9 +199,7 @@ def launch(host, source, **sizes):
     for parameter, _, rank, tensor, *numbers in calls("__tvm_tensormap_create_tiled"):
         rank = int(rank)
         numbers = [value(number) for number in numbers]
-        size, stride, box, step = (
-            tuple(numbers[i : i + rank]) for i in range(0, 4 * rank, rank)
-        )
+        size, stride, box, step = (tuple(numbers[i : i + rank]) for i in range(0, 4 * rank, rank))
         interleave, swizzle, _, fill = numbers[4 * rank :]
         assert (interleave, fill) == (0, 0)
         assert set(step) == {1}
@@ -226,7 +228,9 @@ def _map(map_, tensors):
 
 def _signature(source):
     """Return the kernel's name and its parameters' types and names."""
-    match = re.search(r'extern "C" __global__ void (?:__launch_bounds__\([^)]*\) )?(\w+)\((.*?)\)', source)
+    match = re.search(
+        r'extern "C" __global__ void (?:__launch_bounds__\([^)]*\) )?(\w+)\((.*?)\)', source
+    )
     parameters = [p.replace("__restrict__", "").rsplit(None, 1) for p in match[2].split(",")]
     return match[1], [(type_.strip(), name) for type_, name in parameters]
 

@@ -11,14 +11,14 @@ pytest.importorskip("triton", reason="needs Triton")
 
 from sdgp_fx.kernels import reference
 from sdgp_fx.kernels.sparse import cuda
-from sdgp_fx.kernels.sparse.binaries import Binary
+from sdgp_fx.kernels.sparse.binaries import Binary, why_no_compiler
 from sdgp_fx.kernels.sparse.op import PRUNED_INPUT_GRAD
 from sdgp_fx.kernels.sparse.packed import pack
 from sdgp_fx.kernels.sparse.problem import Problem, empty_result
 from sdgp_fx.kernels.sparse.tensor_cores import Product, tiles
 
-from ...helpers import emulated_product
-from ...helpers.input_grads import SEED, channels_last, make_case
+from ...helpers import emulated_product, machine_code
+from ...helpers.input_grads import channels_last, make_case
 
 ARCHITECTURES = ["sm_80", "sm_90"]
 
@@ -72,3 +72,108 @@ def test_every_tile_gives_the_input_gradient(name, architecture, folder, monkeyp
         out = channels_last(torch.full_like(expected, float("nan")))
         cuda.multiply(Binary(kernel, b""), product, pack(pruned, halo), weight, out)
         torch.testing.assert_close(out, expected, **TOLERANCES[pruned.dtype])
+
+
+LAYERS = {
+    "3x3": {"kernel": (3, 3), "size": (4, 6), "padding": 1},
+    "1 dimension, padded less": {"kernel": (5,), "size": (9,), "padding": 1, "dilation": 2},
+    "1x1": {"kernel": (1, 1), "size": (3, 5)},
+    "linear": {"kernel": (), "size": ()},
+}
+
+
+@pytest.fixture
+def emulated(folder, monkeypatch):
+    """Let the sparse product of GPUs run on the CPU: Triton interprets, the emulator multiplies."""
+
+    def find(product, device):
+        tile = tiles(product, "sm_90")[0]
+        return Binary(emulated_product.lower(product, tile, "sm_90"), b"")
+
+    def launch(binary, device, *rest):
+        emulated_product.launch(binary.kernel, folder, *rest)
+
+    monkeypatch.setattr(cuda, "_binary", find)
+    monkeypatch.setattr("sdgp_fx.kernels.sparse.driver.launch", launch)
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_the_operator(layer, last, emulated, nan_filled_empty):
+    # Triton's interpreter does not round to bfloat16.
+    case = make_case(32, 64, **LAYERS[layer], dtype=torch.float16)
+    if last:
+        last_memory = {
+            name: channels_last(getattr(case, name)) for name in ("grad_output", "weight")
+        }
+        case = case.replace(**last_memory)
+    problem = Problem(*case.arguments(1, 4, "rescaled_magnitude"))
+    assert cuda.why_not_covered(problem) == ""
+    result = empty_result(problem).fill_(float("nan"))
+    cuda.pruned_input_grad(problem, result)
+    pruned = reference.prune_nm(case.grad_output, None, 1, 4, "rescaled_magnitude", "group")
+    expected = case.input_grad(pruned).half()
+    torch.testing.assert_close(result, expected, **TOLERANCES[torch.float16])
+    assert result.stride() == PRUNED_INPUT_GRAD(*problem).stride()
+
+
+GOOD = {"kernel": (3, 3), "size": (6, 6), "padding": 1, "dtype": torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("changes", "pattern", "why"),
+    [
+        ({}, (2, 4, "rescaled_magnitude", "group"), ""),
+        ({}, (1, 2, "random", "feature_map"), ""),
+        ({}, (2, 16, "mvue", "group"), ""),
+        ({}, (3, 8, "magnitude", "group"), "keeps more than two of four channels"),
+        ({}, (2, 4, "rescaled_magnitude", "channel"), "rescales by groups alone"),
+        ({"stride": 2}, (2, 4, "magnitude", "group"), "stride 1 alone"),
+        ({"groups": 2}, (2, 4, "magnitude", "group"), "no sparse product of this form"),
+        ({"transposed": True}, (2, 4, "magnitude", "group"), "no sparse product of this form"),
+        ({"padding": 3}, (2, 4, "magnitude", "group"), "padded by more than the kernel reaches"),
+    ],
+)
+def test_what_is_covered(changes, pattern, why):
+    problem = Problem(*make_case(32, 64, **GOOD | changes).arguments(*pattern))
+    found = cuda.why_not_covered(problem)
+    assert why in found if why else found == ""
+
+
+@pytest.mark.parametrize("channels", [(16, 64), (64, 16), (48, 64), (32, 80)])
+def test_channels_that_fill_no_instruction_are_not_covered(channels):
+    problem = Problem(*make_case(*channels, **GOOD).arguments())
+    assert cuda.why_not_covered(problem) == "channels are no multiple of 32"
+
+
+def matrix_instructions(kernel, architecture, folder):
+    """Return the matrix instructions of a kernel, which must not spill registers."""
+    names = machine_code.instructions(kernel, architecture, folder)
+    assert not [name for name in names if name.startswith(("LDL", "STL"))]
+    return [name for name in names if "MMA" in name]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(why_no_compiler()), reason="needs nvcc")
+@pytest.mark.parametrize(
+    ("architecture", "sparse", "dense"),
+    [
+        ("sm_80", "HMMA.SP.16832.F32.BF16", "HMMA.16816.F32.BF16"),
+        ("sm_89", "HMMA.SP.16832.F32.BF16", None),
+        ("sm_90", "HGMMA.SP.64x128x32.F32.BF16", "HGMMA.64x128x16.F32.BF16"),
+        ("sm_120", "HMMA.SP.16832.F32.BF16", None),
+    ],
+)
+def test_machine_code(architecture, sparse, dense, tmp_path):
+    """An instruction makes the multiply-adds of two dense ones."""
+    product = Product("bfloat16", 1, 1, 256, 128, (1, 1), (1, 1))
+    tile = tiles(product, architecture)[0]
+    kernel = emulated_product.lower(product, tile, architecture)
+    found = matrix_instructions(kernel, architecture, tmp_path)
+    assert set(found) == {sparse}
+    if dense:
+        twin = machine_code.lower_dense_twin(product, tile, architecture, kernel)
+        of_twin = matrix_instructions(twin, architecture, tmp_path)
+        assert set(of_twin) == {dense}
+        # On sm_90 the steps of the dense one are unrolled, and those of the sparse one are not.
+        assert 2 * len(found) == len(of_twin) or architecture == "sm_90"
