@@ -1,0 +1,107 @@
+"""Test how a GPU's product is chosen, without one: what is measured, and when nothing is."""
+
+import json
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from sdgp_fx.kernels.sparse import choice, store
+from sdgp_fx.kernels.sparse.op import why_not_sparse
+from sdgp_fx.kernels.sparse.problem import Problem
+
+from ...helpers.input_grads import make_case
+
+
+@pytest.fixture
+def problem(monkeypatch, tmp_path):
+    """A problem of fake tensors on a GPU that is not there."""
+    monkeypatch.setattr(store, "folder", lambda: tmp_path / "sdgp")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    case = make_case(64, 128, (3, 3), (6, 6), padding=1, dtype=torch.bfloat16)
+    problem = Problem(*case.arguments(seed=None))
+    with FakeTensorMode():
+        fake = (torch.empty(t.shape, dtype=t.dtype, device="cuda") for t in problem[:2])
+        return problem._replace(**dict(zip(("grad_output", "weight"), fake, strict=True)))
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """Problems that were measured, each of which took its time from `times`."""
+    problems = []
+    times = {"sparse_ms": 1.0, "dense_ms": 2.0}
+
+    def measure(problem):
+        problems.append(problem)
+        return dict(times)
+
+    monkeypatch.setattr(choice, "measure", measure)
+    return problems, times
+
+
+@pytest.mark.parametrize(("sparse_ms", "why"), [(1.0, ""), (3.0, choice.NOT_FASTER)])
+def test_the_faster_one_is_taken_and_kept(problem, measured, sparse_ms, why):
+    problems, times = measured
+    times["sparse_ms"] = sparse_ms
+    assert [choice.why_not_chosen(problem) for _ in range(2)] == [why, why]
+    assert problems == [problem]
+    (file,) = store.folder().iterdir()
+    assert json.loads(file.read_text()) == times
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"n": 1},
+        {"prune": "magnitude"},
+        {"padding": [0, 1]},
+        {"input_size": (2, 64, 6, 7)},
+    ],
+)
+def test_each_problem_is_measured_for_itself(problem, measured, changes):
+    choice.why_not_chosen(problem)
+    choice.why_not_chosen(problem._replace(**changes))
+    assert len(measured[0]) == 2
+
+
+def test_strides_and_the_gpu_make_other_problems(problem, measured, monkeypatch):
+    choice.why_not_chosen(problem)
+    last = problem.grad_output.to(memory_format=torch.channels_last)
+    choice.why_not_chosen(problem._replace(grad_output=last))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "another GPU")
+    choice.why_not_chosen(problem)
+    assert len(measured[0]) == 3
+
+
+def test_nothing_is_measured_under_deterministic_algorithms(problem, measured):
+    choice.why_not_chosen(problem)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert choice.why_not_chosen(problem) == choice.DETERMINISTIC
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert len(measured[0]) == 1
+
+
+def test_nothing_is_measured_while_a_graph_is_captured(problem, measured, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert choice.why_not_chosen(problem) == choice.CAPTURED
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    choice.why_not_chosen(problem)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert choice.why_not_chosen(problem) == ""
+    assert len(measured[0]) == 1
+
+
+def test_both_products_compute_the_same(monkeypatch):
+    """What is measured, on the CPU: the dense one of a gradient that is pruned already."""
+    for kernel, size, padding in (((3, 3), (6, 6), 1), ((), (), 0)):
+        case = make_case(8, 16, kernel, size, padding=padding)
+        pruned = case.replace(grad_output=torch.zeros_like(case.grad_output))
+        pruned.grad_output[:, ::4] = case.grad_output[:, ::4]
+        products = choice.products_of(Problem(*pruned.arguments(prune="magnitude")))
+        dense = products["dense"]()
+        dense = dense[0] if isinstance(dense, tuple) else dense
+        torch.testing.assert_close(products["sparse"](), dense)
+        assert why_not_sparse(Problem(*pruned.arguments())) == ""
