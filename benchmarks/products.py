@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,9 @@ from sdgp_fx import SDGPConfig, explain
 from sdgp_fx.arguments import pattern, positive
 from sdgp_fx.config import PRUNING_FUNCTIONS
 from sdgp_fx.kernels.op import STOCHASTIC
-from sdgp_fx.kernels.sparse.op import why_no_product
+from sdgp_fx.kernels.sparse import cuda
+from sdgp_fx.kernels.sparse.op import PRUNED_INPUT_GRAD, why_no_product
+from sdgp_fx.kernels.sparse.problem import Problem, empty_result
 from sdgp_fx.measurement import timing
 from sdgp_fx.measurement.convolutions import Convolution, cold_operands
 from sdgp_fx.measurement.workload import Workload
@@ -46,7 +48,11 @@ def plan(
         if reason:
             raise ValueError(f"--device, --dtype: expected what has a sparse product: {reason}")
         for layer, count in workload.count_convolutions(tuple(config.targets)).items():
-            fitting = [(n, m) for n, m in patterns if n < m and layer.is_prunable(m)]
+            fitting = [
+                (n, m)
+                for n, m in patterns
+                if n < m and layer.is_prunable(m) and is_covered(workload, layer, n, m, prune)
+            ]
             if fitting:
                 run = partial(measure, workload, layer, count, fitting, prune, seconds)
                 tasks.append(Task(f"{workload.model} {layer}", run))
@@ -73,18 +79,14 @@ def measure(
         A row for each pattern.
     """
     form = workload.torch_memory_format if len(layer.output) == 4 else torch.contiguous_format
-    operands = cold_operands(layer, workload.torch_dtype, form, workload.device)
-    seed = torch.tensor([1], device=workload.device) if prune in STOCHASTIC else None
+    torch_dtype, on_gpu = workload.torch_dtype, workload.device.type == "cuda"
+    operands = cold_operands(layer, torch_dtype, form, workload.device)
     functions: dict[Any, Any] = {"dense": [partial(dense, layer, *each) for each in operands]}
     for n, m in patterns:
-        functions[n, m] = [
-            partial(
-                torch.ops.sdgp.pruned_input_grad,
-                *(grad_output, weight, seed, n, m, prune, "group", layer.input),
-                *(layer.stride, layer.padding, layer.dilation, layer.transposed, layer.groups),
-            )
-            for grad_output, _, weight in operands
-        ]
+        problems = [problem_of(layer, gO, weight, n, m, prune) for gO, _, weight in operands]
+        functions[n, m] = [partial(PRUNED_INPUT_GRAD, *problem) for problem in problems]
+        if on_gpu:
+            functions["multiply", n, m] = list(map(multiply_alone, problems))
     timed = {name: timing.back_to_back(calls, workload.device) for name, calls in functions.items()}
     times = timing.sample(timed, workload.device, seconds)
     rows = []
@@ -94,6 +96,8 @@ def measure(
             timing.summarize([time / len(operands) for time in times[name]])
             for name in ((n, m), "dense")
         )
+        # On a GPU it is times that decide.
+        is_faster = ratio.median < 1 if on_gpu else is_chosen(layer, n, m, prune, torch_dtype)
         row: Row = {
             "layer": str(layer),
             "count": count,
@@ -102,7 +106,7 @@ def measure(
             "n": n,
             "m": m,
             "prune": prune,
-            "chosen": is_chosen(layer, n, m, prune, workload.torch_dtype),
+            "chosen": is_faster,
             "dense_us": library.median * 1e6,
             "sparse_us": sparse.median * 1e6,
             "ratio": ratio.median,
@@ -110,8 +114,39 @@ def measure(
             "times": {"dense": dataclasses.asdict(library), "sparse": dataclasses.asdict(sparse)},
             "ratio_quartiles": [ratio.low, ratio.high],
         }
+        if ("multiply", n, m) in times:
+            # Without prune and packing.
+            alone = timing.ratio(times["multiply", n, m], times["dense"])
+            row |= {"multiply_ratio": alone.median, "multiply_quartiles": [alone.low, alone.high]}
         rows.append(row)
     return rows
+
+
+def problem_of(
+    layer: Convolution, grad_output: Tensor, weight: Tensor, n: int, m: int, prune: str
+) -> Problem:
+    """Return what the product that skips zeros is given."""
+    seed = torch.ones(1, dtype=torch.int64, device=weight.device) if prune in STOCHASTIC else None
+    return Problem(
+        *(grad_output, weight, seed, n, m, prune, "group", layer.input),
+        *(layer.stride, layer.padding, layer.dilation, layer.transposed, layer.groups),
+    )
+
+
+def is_covered(workload: Workload, layer: Convolution, n: int, m: int, prune: str) -> bool:
+    """Whether the device's product covers a layer."""
+    if workload.device.type != "cuda":
+        return True
+    grad_output, weight = (
+        torch.empty(shape, dtype=workload.torch_dtype, device="meta")
+        for shape in (layer.output, layer.weight)
+    )
+    return not cuda.why_not_covered(problem_of(layer, grad_output, weight, n, m, prune))
+
+
+def multiply_alone(problem: Problem) -> Callable[[], None]:
+    """Return a function that multiplies a gradient that is packed already."""
+    return partial(cuda.multiply, problem, cuda.pack(problem), empty_result(problem))
 
 
 def dense(layer: Convolution, grad_output: Tensor, x: Tensor, weight: Tensor) -> Tensor:
@@ -140,7 +175,7 @@ class Alone(nn.Module):
 
 
 def is_chosen(layer: Convolution, n: int, m: int, prune: str, dtype: torch.dtype) -> bool:
-    """Whether sdgp.product = "auto" takes the product that skips zeros."""
+    """Whether sdgp.product = "auto" takes the product that skips zeros, on a CPU."""
     alone = Alone(layer).to(dtype)
     x = torch.empty(layer.input, dtype=dtype, requires_grad=True)
     options = {"sdgp.n": n, "sdgp.m": m, "sdgp.prune": prune, "sdgp.targets": "conv,linear"}
@@ -181,11 +216,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "products",
         description="Time the input gradient of every distinct layer of networks: dense by the "
         "library, and by the product that prunes and skips the zeros, in turn; and tell whether "
-        "product=auto takes it. The gradients are noise.",
+        "product=auto takes it. On a GPU also without prune and packing, and only the layers that "
+        "sparse tensor cores cover. The gradients are noise.",
         example="--model resnet18 --batch 16 --size 128 --out products.json",
     )
     parser.add_models(("resnet18",))
-    parser.add_dtype(("float32", "bfloat16"), "float32")
+    parser.add_dtype(("float32", "bfloat16", "float16"), "float32")
     parser.add_memory_format()
     parser.add_targets()
     kept = "values kept of every m channels"

@@ -96,21 +96,29 @@ def pruned_input_grad(problem: Problem, result: Tensor) -> None:
         result: As from `empty_result`; one in contiguous memory is computed in channels-last
             memory and copied.
     """
+    multiply(problem, pack(problem), result)
+
+
+def pack(problem: Problem) -> Packed:
+    """Prune and pack the gradient of a covered problem."""
     # Triton is not there on every platform.
     from .triton_pack import prune_and_pack
 
-    _, _, seed, n, m, prune, *_ = problem
-    grad_output = _channels_last(problem.grad_output)
-    packed = prune_and_pack(grad_output, seed, n, m, prune, halo_of(problem))
+    grad_output, _, seed, n, m, prune, *_ = problem
+    return prune_and_pack(_channels_last(grad_output), seed, n, m, prune, halo_of(problem))
+
+
+def multiply(problem: Problem, packed: Packed, result: Tensor) -> None:
+    """Write the input gradient of a covered problem, whose gradient is packed, into result."""
     product = product_of(problem)
     out = _channels_last(result)
-    multiply(_binary(product, result.device), product, packed, problem.weight, out)
+    launch(binary_of(product, result.device), product, packed, problem.weight, out)
     if out.data_ptr() != result.data_ptr():
         result.copy_(out)
 
 
-def multiply(binary: Binary, product: Product, packed: Packed, weight: Tensor, out: Tensor) -> None:
-    """Multiply a packed gradient, into out, which is in channels-last memory."""
+def launch(binary: Binary, product: Product, packed: Packed, weight: Tensor, out: Tensor) -> None:
+    """Launch the kernel of a product on out, which is in channels-last memory."""
     weight = _channels_last(weight)
     if weight.data_ptr() % 16:
         weight = weight.clone()
@@ -133,7 +141,7 @@ def _why_no_kernel(product: Product, device: torch.device) -> str:
 
 
 @functools.cache
-def _binary(product: Product, device: torch.device) -> Binary:
+def binary_of(product: Product, device: torch.device) -> Binary:
     """Return the kernel that computes a product on a device.
 
     Raises:

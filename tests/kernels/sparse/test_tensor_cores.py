@@ -70,7 +70,7 @@ def test_every_tile_gives_the_input_gradient(name, architecture, folder, monkeyp
             lambda binary, device, *rest: emulated_product.launch(binary.kernel, folder, *rest),
         )
         out = channels_last(torch.full_like(expected, float("nan")))
-        cuda.multiply(Binary(kernel, b""), product, pack(pruned, halo), weight, out)
+        cuda.launch(Binary(kernel, b""), product, pack(pruned, halo), weight, out)
         torch.testing.assert_close(out, expected, **TOLERANCES[pruned.dtype])
 
 
@@ -93,7 +93,7 @@ def emulated(folder, monkeypatch):
     def launch(binary, device, *rest):
         emulated_product.launch(binary.kernel, folder, *rest)
 
-    monkeypatch.setattr(cuda, "_binary", find)
+    monkeypatch.setattr(cuda, "binary_of", find)
     monkeypatch.setattr("sdgp_fx.kernels.sparse.driver.launch", launch)
 
 
