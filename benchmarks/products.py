@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from sdgp_fx import SDGPConfig, explain
 from sdgp_fx.arguments import pattern, positive
 from sdgp_fx.config import PRUNING_FUNCTIONS
-from sdgp_fx.kernels.op import STOCHASTIC
 from sdgp_fx.kernels.sparse import cuda
 from sdgp_fx.kernels.sparse.op import PRUNED_INPUT_GRAD, why_no_product
 from sdgp_fx.kernels.sparse.problem import Problem, empty_result
@@ -24,7 +23,7 @@ from sdgp_fx.measurement.workload import Workload
 
 from .harness import command
 from .harness.benchmark import Benchmark, Task
-from .harness.input_gradients import sum_up
+from .harness.input_gradients import dense_input_grad, is_covered, problem_of, sum_up
 from .harness.report import Row
 
 PATTERNS = ((2, 4), (1, 4), (2, 8), (2, 16), (4, 32))
@@ -81,7 +80,9 @@ def measure(
     form = workload.torch_memory_format if len(layer.output) == 4 else torch.contiguous_format
     torch_dtype, on_gpu = workload.torch_dtype, workload.device.type == "cuda"
     operands = cold_operands(layer, torch_dtype, form, workload.device)
-    functions: dict[Any, Any] = {"dense": [partial(dense, layer, *each) for each in operands]}
+    functions: dict[Any, Any] = {
+        "dense": [partial(dense_input_grad, layer, *each) for each in operands]
+    }
     for n, m in patterns:
         problems = [problem_of(layer, gO, weight, n, m, prune) for gO, _, weight in operands]
         functions[n, m] = [partial(PRUNED_INPUT_GRAD, *problem) for problem in problems]
@@ -122,41 +123,9 @@ def measure(
     return rows
 
 
-def problem_of(
-    layer: Convolution, grad_output: Tensor, weight: Tensor, n: int, m: int, prune: str
-) -> Problem:
-    """Return what the product that skips zeros is given."""
-    seed = torch.ones(1, dtype=torch.int64, device=weight.device) if prune in STOCHASTIC else None
-    return Problem(
-        *(grad_output, weight, seed, n, m, prune, "group", layer.input),
-        *(layer.stride, layer.padding, layer.dilation, layer.transposed, layer.groups),
-    )
-
-
-def is_covered(workload: Workload, layer: Convolution, n: int, m: int, prune: str) -> bool:
-    """Whether the device's product covers a layer."""
-    if workload.device.type != "cuda":
-        return True
-    grad_output, weight = (
-        torch.empty(shape, dtype=workload.torch_dtype, device="meta")
-        for shape in (layer.output, layer.weight)
-    )
-    return not cuda.why_not_covered(problem_of(layer, grad_output, weight, n, m, prune))
-
-
 def multiply_alone(problem: Problem) -> Callable[[], None]:
     """Return a function that multiplies a gradient that is packed already."""
     return partial(cuda.multiply, problem, cuda.pack(problem), empty_result(problem))
-
-
-def dense(layer: Convolution, grad_output: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """Compute the input gradient by the library."""
-    if not layer.stride:
-        return grad_output @ weight
-    gradient: Tensor = torch.ops.aten.convolution_backward(
-        grad_output, x, weight, None, *layer.settings, [True, False, False]
-    )[0]
-    return gradient
 
 
 class Alone(nn.Module):

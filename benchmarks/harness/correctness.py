@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import multiprocessing
 from collections.abc import Callable, Sequence
@@ -14,15 +15,21 @@ from torch import Tensor, nn
 import sdgp_fx
 from sdgp_fx.kernels import reference
 from sdgp_fx.kernels.op import prune_nm
-from sdgp_fx.measurement.workload import DTYPES, MEMORY_FORMATS
+from sdgp_fx.kernels.sparse.op import PRUNED_INPUT_GRAD
+from sdgp_fx.measurement.convolutions import Convolution
+from sdgp_fx.measurement.workload import DTYPES, MEMORY_FORMATS, Workload
 
 from .benchmark import Benchmark, Task
 from .command import VARIANTS
+from .input_gradients import dense_input_grad, is_covered, problem_of
 from .report import Row
 
 # The share of its norm by which a network's gradient in float32 may differ: sums are taken in
 # another order.
 GRADIENT = 1e-4
+# The share of its norm by which an input gradient may differ: both are rounded once, and their sums
+# are taken in another order.
+PRODUCT = {"float32": 1e-5, "float16": 1e-3, "bfloat16": 8e-3}
 # The share of its norm by which a pruned gradient differs from the dense one at the least.
 PRUNED = 1e-2
 
@@ -169,6 +176,46 @@ def check_network(device: torch.device, prune: str, rescale: str, memory_format:
     ]
 
 
+def plan_products(workloads: Sequence[Workload], batches: Sequence[int]) -> list[Task]:
+    """Plan a task for each distinct layer whose zeros are skipped on the workloads' device.
+
+    Args:
+        batches: Each layer is checked with so many images, whatever its workload has.
+    """
+    sized = [dataclasses.replace(w, batch=batch) for w in workloads for batch in batches]
+    layers = {
+        (workload.dtype, workload.memory_format, layer): workload
+        for workload in sized
+        for layer in workload.count_convolutions()
+        if layer.is_prunable(4) and is_covered(workload, layer, 2, 4, "magnitude")
+    }
+    return [
+        Task(str(layer), partial(check_product, workload, layer))
+        for (_, _, layer), workload in layers.items()
+    ]
+
+
+def check_product(workload: Workload, layer: Convolution) -> list[Row]:
+    """Compare the product that skips zeros with the library's, of the gradient pruned before."""
+    torch.manual_seed(0)
+    format_ = workload.torch_memory_format
+    grad_output, x, weight = (
+        torch.randn(shape, device=workload.device)
+        .to(workload.torch_dtype)
+        .contiguous(memory_format=format_)
+        for shape in (layer.output, layer.input, layer.weight)
+    )
+    actual = PRUNED_INPUT_GRAD(*problem_of(layer, grad_output, weight, 2, 4, "magnitude"))
+    pruned = prune_nm(grad_output, None, 2, 4, "magnitude", "group", 1)
+    expected = dense_input_grad(layer, pruned, x, weight).float()
+    error = ((actual.float() - expected).norm() / expected.norm()).item()
+    failure = None
+    if not error <= PRODUCT[workload.dtype]:
+        most = PRODUCT[workload.dtype]
+        failure = f"differs by {error:.1e} of its norm, expected {most:.0e} at most"
+    return [{"layer": str(layer), "dtype": workload.dtype, "error": error, "failure": failure}]
+
+
 def failures(rows: Sequence[Row]) -> list[str]:
     """Return a line for each row that failed."""
     return [
@@ -193,4 +240,11 @@ NETWORK = Benchmark(
     plan=plan_network,
     columns={name: (name, "") for name in ("prune", "rescale", "memory_format", "failure")},
     headline=partial(headline, "compiled network against eager"),
+)
+
+PRODUCTS = Benchmark(
+    name="products_check",
+    plan=plan_products,
+    columns={name: (name, "") for name in ("layer", "dtype", "error", "failure")},
+    headline=partial(headline, "products that skip zeros against the library's"),
 )

@@ -1,9 +1,18 @@
-"""Sum up the input gradients of networks, of whose layers a rule chooses some."""
+"""Compute the input gradients of networks' layers, and sum up what they take."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from operator import itemgetter
+
+import torch
+from torch import Tensor
+
+from sdgp_fx.kernels.op import STOCHASTIC
+from sdgp_fx.kernels.sparse import cuda
+from sdgp_fx.kernels.sparse.problem import Problem
+from sdgp_fx.measurement.convolutions import Convolution
+from sdgp_fx.measurement.workload import Workload
 
 from .report import Row
 
@@ -36,3 +45,35 @@ def sum_up(
         parts |= {name: total(itemgetter(column)) for name, column in (others or {}).items()}
         shares = ", ".join(f"{name} {time / dense:.3f}" for name, time in parts.items())
         yield f"input gradients of {model} {n}:{m}: dense {dense:.2f} ms; {shares} of it", here
+
+
+def problem_of(
+    layer: Convolution, grad_output: Tensor, weight: Tensor, n: int, m: int, prune: str
+) -> Problem:
+    """Return what the product that skips zeros is given."""
+    seed = torch.ones(1, dtype=torch.int64, device=weight.device) if prune in STOCHASTIC else None
+    return Problem(
+        *(grad_output, weight, seed, n, m, prune, "group", layer.input),
+        *(layer.stride, layer.padding, layer.dilation, layer.transposed, layer.groups),
+    )
+
+
+def is_covered(workload: Workload, layer: Convolution, n: int, m: int, prune: str) -> bool:
+    """Whether the device's product covers a layer."""
+    if workload.device.type != "cuda":
+        return True
+    grad_output, weight = (
+        torch.empty(shape, dtype=workload.torch_dtype, device="meta")
+        for shape in (layer.output, layer.weight)
+    )
+    return not cuda.why_not_covered(problem_of(layer, grad_output, weight, n, m, prune))
+
+
+def dense_input_grad(layer: Convolution, grad_output: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """Compute the input gradient by the library."""
+    if not layer.stride:
+        return grad_output @ weight
+    gradient: Tensor = torch.ops.aten.convolution_backward(
+        grad_output, x, weight, None, *layer.settings, [True, False, False]
+    )[0]
+    return gradient

@@ -7,6 +7,7 @@ from torch import nn
 pytest.importorskip("timm", reason="needs timm")
 
 from benchmarks import products
+from benchmarks.harness.input_gradients import dense_input_grad
 from sdgp_fx.kernels import reference
 from sdgp_fx.measurement import timing
 from sdgp_fx.measurement.convolutions import calls_of_convolutions
@@ -47,7 +48,7 @@ def test_computes_what_it_names(name, monkeypatch):
     (_, grad_output, x, weight), dense = made["dense"]
     for pattern in ((2, 4), (1, 8)):
         pruned = reference.prune_nm(grad_output, None, *pattern, "magnitude", "group")
-        expected = products.dense(layer, pruned, x, weight)
+        expected = dense_input_grad(layer, pruned, x, weight)
         torch.testing.assert_close(made[pattern][1], expected, rtol=1e-4, atol=1e-4)
         assert made[pattern][1].shape == dense.shape == x.shape
     assert [(row["n"], row["m"], row["count"]) for row in rows] == [(2, 4, 3), (1, 8, 3)]
