@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,12 +16,21 @@ import torch
 
 from sdgp_fx.arguments import positive
 from sdgp_fx.config import PRUNING_FUNCTIONS
+from sdgp_fx.kernels.sparse import store
 from sdgp_fx.measurement.workload import MEMORY_FORMATS
 
-from . import ceilings, convolutions, prune_op, sparse_mm, train_step, whole_channels
+from . import (
+    ceilings,
+    convolutions,
+    products,
+    prune_op,
+    sparse_mm,
+    train_step,
+    whole_channels,
+)
 from .harness import command
 from .harness.benchmark import AUTO
-from .harness.correctness import KERNELS, NETWORK, failures
+from .harness.correctness import KERNELS, NETWORK, PRODUCTS, failures
 from .harness.report import Report, caption, environment
 from .harness.terminal import progress
 from .harness.worker import DONE, FAILED, NO_TIME, Part, Worker
@@ -75,6 +86,7 @@ def suite(quick: bool, processes: int) -> list[Part]:
     }
     if quick:
         network = {name: values[-1:] for name, values in network.items()}
+    check = {**images, **dtype, "models": resnets, "batches": (2,) if quick else (32, 256)}
     best = {"copy_mib": 1, "sizes": [64]} if quick else {"copy_mib": 1024, "sizes": [8192]}
     best |= {**dtype, "seconds": 2 * seconds}
     prune = {**images, **dtype, "models": resnets, "seconds": seconds}
@@ -85,7 +97,11 @@ def suite(quick: bool, processes: int) -> list[Part]:
     step |= {"also": (), "cached": False, "cpu_time": False}
     step |= {"inner": "aot_eager" if quick else "inductor", "seconds": 20 * seconds}
     convolution = {**images, **dtype, **format_, "seconds": seconds}
-    whole = {**convolution, "models": resnets[:1], "patterns": whole_channels.PATTERNS}
+    whole = {
+        **convolution,
+        "models": resnets[:1],
+        "patterns": whole_channels.PATTERNS[: 1 if quick else None],
+    }
     whole |= {"prune": "magnitude", "inner": step["inner"]}
     sparse = {**images, **dtype, "squares": [4096, 8192], "seconds": seconds}
 
@@ -97,15 +113,24 @@ def suite(quick: bool, processes: int) -> list[Part]:
         settings = {**convolution, "models": [model]}
         return Part(f"convolutions_{model}", convolutions.BENCHMARK, settings, 0.15)
 
+    def multiply(model: str) -> Part:
+        settings = {**images, **dtype, "models": [model], "targets": "conv", "threads": None}
+        settings |= {"patterns": [(2, 4)], "prune": "rescaled_magnitude", "seconds": seconds}
+        # The CPU, on which a dry run is made, may have no fast bfloat16.
+        settings |= {"dtype": "float32"} if quick else {}
+        return Part(f"products_{model}", products.BENCHMARK, settings, 0.3 if quick else 0.1)
+
     def pruning(name: str, share: float, **settings: Any) -> Part:
         return Part(name, prune_op.BENCHMARK, {**prune, **settings}, share)
 
     return [
         Part("kernels", KERNELS, kernels, 0.2, check=True),
         Part("network", NETWORK, network, 0.2, check=True),
+        Part("products_check", PRODUCTS, check, 0.15, check=True),
+        *map(multiply, resnets),
+        *map(train, resnets),
         Part("ceilings", ceilings.BENCHMARK, best, 0.05),
         pruning("prune_op", 0.15, ms=[4]),
-        *map(train, resnets),
         *map(convolve, resnets),
         Part(
             *("sparse_mm", sparse_mm.BENCHMARK, {**sparse, "models": resnets[-1:]}, 0.15),
@@ -217,6 +242,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--out", type=Path, required=True, metavar="DIR", help="folder for the JSON files")
     minutes = "for everything (%(default)s)"
     add("--minutes", type=positive(float), default=8, help=minutes)
+    kernels = "folder of compile_products, for a machine without TileLang"
+    add("--kernels", type=Path, metavar="DIR", help=kernels)
+    root = "folder of CIFAR-10: the rest of the time trains Table I by the fast recipe"
+    add("--root", type=Path, metavar="DIR", help=root)
     quick = "a dry run with small shapes, which the CPU can do too; its figures mean nothing"
     add("--quick", action="store_true", help=quick)
     args = parser.parse_args(argv)
@@ -225,13 +254,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         if device.type == "cpu" and not args.quick:
             raise ValueError("--device: expected cuda, got cpu, which is for --quick alone")
         args.out.mkdir(parents=True, exist_ok=True)
+        if args.kernels:
+            shutil.copytree(args.kernels, store.folder(), dirs_exist_ok=True)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     note = "dry run with small shapes: the figures mean nothing" if args.quick else ""
     # Each compiles on a processor, and holds some of the GPU's memory.
     processes = min(8, os.cpu_count() or 1) if device.type == "cuda" else 0
     seconds = max(1, 60 * args.minutes - RESERVE)
-    return run_suite(suite(args.quick, processes), device, args.out, seconds, note)
+    begin = monotonic()
+    code = run_suite(suite(args.quick, processes), device, args.out, seconds, note)
+    left = seconds - (monotonic() - begin)
+    if args.root and not code and left > 0:
+        train_table(args.root, args.out, left / 60, args.quick)
+    return code
+
+
+def train_table(root: Path, out: Path, minutes: float, quick: bool) -> None:
+    """Train the settings of Table I by the fast recipe; runs that out has are not done again."""
+    command = [sys.executable, "-m", "benchmarks.paper", "table1", "--recipe", "fast"]
+    command += ["--root", str(root), "--out", str(out / "table1.json")]
+    command += ["--picture", str(out / "table1.png"), "--minutes", str(minutes)]
+    if quick:
+        command += ["--width", "0.25", "--epochs", "1", "--seeds", "1", "--fraction", "0.02"]
+        command += ["--test-fraction", "0.02", "--compiler", "aot_eager", "--dtype", "float32"]
+    subprocess.run(command, check=False)
 
 
 if __name__ == "__main__":

@@ -15,9 +15,12 @@ from benchmarks.gpu_suite import NEEDS_CUDA
 from benchmarks.harness import correctness, report, worker
 from benchmarks.harness.benchmark import Benchmark, Task
 from benchmarks.harness.worker import DONE, FAILED, NO_TIME, Part
+from sdgp_fx.kernels.sparse import store
 
 CPU = torch.device("cpu")
-BENCHMARKS = ["ceilings", "convolutions", "prune_op", "sparse_mm", "train_step", "whole_channels"]
+BENCHMARKS = ["ceilings", "convolutions", "products", "prune_op", "sparse_mm", "train_step"]
+BENCHMARKS += ["whole_channels"]
+CHECKS = ["kernels", "network", "products_check"]
 
 
 def nothing(rows):
@@ -178,8 +181,8 @@ def test_a_part_that_can_not_be_planned_fails():
 def test_the_suite_has_every_benchmark_and_fits():
     for quick in (False, True):
         parts = gpu_suite.suite(quick, 0)
-        assert {p.benchmark.name for p in parts} == {*BENCHMARKS, "kernels", "network"}
-        assert [p.check for p in parts] == [True, True] + [False] * (len(parts) - 2)
+        assert {p.benchmark.name for p in parts} == {*BENCHMARKS, *CHECKS}
+        assert [p.check for p in parts] == [True] * 3 + [False] * (len(parts) - 3)
         assert len({p.name for p in parts}) == len(parts)
         for p in parts:
             if not p.needs_cuda:
@@ -187,10 +190,14 @@ def test_the_suite_has_every_benchmark_and_fits():
 
 
 @pytest.mark.slow
-def test_the_suite_runs_on_the_cpu(tmp_path, capsys):
+def test_the_suite_runs_on_the_cpu(tmp_path, capsys, monkeypatch):
     """Run everything from the command to the summary, with all parts, Inductor's too."""
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "sm_90-0.json").write_text("{}")
+    monkeypatch.setattr(store, "folder", lambda: tmp_path / "store")
     arguments = ["--device", "cpu", "--quick", "--minutes", "5", "--out", str(tmp_path / "new")]
-    assert gpu_suite.main(arguments) == 0
+    assert gpu_suite.main([*arguments, "--kernels", str(tmp_path / "kernels")]) == 0
+    assert (tmp_path / "store" / "sm_90-0.json").exists()
     saved = json.loads((tmp_path / "new" / "summary.json").read_text())
     statuses = {row["part"]: row["status"] for row in saved["rows"]}
     assert statuses.pop("sparse_mm") == NEEDS_CUDA
