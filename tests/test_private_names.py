@@ -57,6 +57,7 @@ PRIVATE = {
     "torch._functorch.eager_transforms": "_autograd_grad",
     "torch._functorch.partitioners": "min_cut_rematerialization_partition",
     "torch._inductor": "list_mode_options utils",
+    "torch._inductor.codecache": "cache_dir",
     "torch._inductor.codecache.CppCodeCache": "load",
     "torch._inductor.compile_fx": "compile_fx compile_fx_inner",
     "torch._inductor.config": "compile_threads fx_graph_cache joint_custom_pre_pass patch triton",
@@ -97,7 +98,7 @@ PRIVATE = {
     "torch._subclasses.fake_tensor": (
         "DataDependentOutputException DynamicOutputShapeException FakeCopyMode FakeTensor "
         "FakeTensorMode UnsupportedFakeTensorException UnsupportedOperatorException "
-        "init_gpu_context"
+        "init_gpu_context unset_fake_temporarily"
     ),
     "torch.nn.init": "_no_grad_trunc_normal_",
     "torch.nn.modules.conv": "_ConvNd",

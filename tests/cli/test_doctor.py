@@ -12,7 +12,7 @@ import torch._inductor.config
 from sdgp_fx import backend, graph_pass
 from sdgp_fx.cli import doctor
 from sdgp_fx.cli.main import main
-from sdgp_fx.kernels.sparse import cpu
+from sdgp_fx.kernels.sparse import binaries, cpu, cuda
 
 
 @pytest.fixture(autouse=True)
@@ -80,6 +80,23 @@ def test_without_a_sparse_product(monkeypatch):
     monkeypatch.setattr(cpu, "why_not_compiled", lambda: "no C++ compiler")
     finding = doctor.find_sparse_product()
     assert finding.found == "no C++ compiler: pruned gradients are multiplied as dense ones"
+    assert not finding.remedy
+
+
+@pytest.mark.parametrize(
+    ("compiler", "gpu", "found"),
+    [
+        ("TileLang is not installed", "", "TileLang is not installed: pruned gradients are"),
+        ("", "", "TileLang "),
+        ("", "no sparse product for compute capability 7.5", "no sparse product for compute"),
+    ],
+)
+def test_sparse_tensor_cores(monkeypatch, compiler, gpu, found):
+    monkeypatch.setattr(binaries, "why_no_compiler", lambda: compiler)
+    monkeypatch.setattr(cuda, "why_no_architecture", lambda device: gpu)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(gpu))
+    finding = doctor.find_sparse_tensor_cores()
+    assert finding.found.startswith(found)
     assert not finding.remedy
 
 
