@@ -91,7 +91,7 @@ def test_without_a_sparse_product(monkeypatch):
         ("", "no sparse product for compute capability 7.5", "no sparse product for compute"),
     ],
 )
-def test_sparse_tensor_cores(monkeypatch, compiler, gpu, found):
+def test_products_on_sparse_tensor_cores(monkeypatch, compiler, gpu, found):
     monkeypatch.setattr(binaries, "why_no_compiler", lambda: compiler)
     monkeypatch.setattr(cuda, "why_no_architecture", lambda device: gpu)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(gpu))

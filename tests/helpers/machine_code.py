@@ -1,4 +1,4 @@
-"""Compile products of sparse tensor cores, and their dense twins, to machine code, without a GPU."""
+"""Compile products of sparse tensor cores, and dense twins, to machine code without a GPU."""
 
 import re
 import subprocess
