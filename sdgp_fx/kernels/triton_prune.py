@@ -25,27 +25,27 @@ from torch import Tensor
 # warps 16 a thread, two 16-byte accesses of bfloat16. A group must fit a thread: 128 * m.
 _TILE = 2048
 _WARPS = 4
-_THREADS = 32 * _WARPS
+THREADS = 32 * _WARPS
 # Programs that share the sums of scope "channel"; about four for each multiprocessor.
 _SUM_PROGRAMS = 512
 # What _prune_kernel has a branch for.
 _PRUNING_FUNCTIONS = ("random", "magnitude", "rescaled_magnitude", "mvue")
 # Fused multiply-adds would round otherwise than the reference, and choose otherwise.
-_LAUNCH = {"num_warps": _WARPS, "enable_fp_fusion": False}
+LAUNCH = {"num_warps": _WARPS, "enable_fp_fusion": False}
 
 
 # Tuples of registers
 
 
 @triton.jit
-def _unzip(x, M: tl.constexpr):
+def unzip(x, M: tl.constexpr):
     """Take [Q * M] apart into M tensors [Q]: the i-th of every M neighbours."""
     if M == 1:
         return (x,)
     else:
         even, odd = tl.split(tl.reshape(x, (x.numel // 2, 2)))
-        evens = _unzip(even, M // 2)
-        odds = _unzip(odd, M // 2)
+        evens = unzip(even, M // 2)
+        odds = unzip(odd, M // 2)
         result = ()
         for i in tl.static_range(M // 2):
             result = result + (evens[i], odds[i])
@@ -53,8 +53,8 @@ def _unzip(x, M: tl.constexpr):
 
 
 @triton.jit
-def _zip(values, M: tl.constexpr):
-    """Join M tensors [Q] to [Q * M], the inverse of _unzip."""
+def rezip(values, M: tl.constexpr):
+    """Join M tensors [Q] to [Q * M], the inverse of unzip."""
     if M == 1:
         return values[0]
     else:
@@ -63,7 +63,7 @@ def _zip(values, M: tl.constexpr):
         for i in tl.static_range(M // 2):
             evens = evens + (values[2 * i],)
             odds = odds + (values[2 * i + 1],)
-        x = tl.join(_zip(evens, M // 2), _zip(odds, M // 2))
+        x = tl.join(rezip(evens, M // 2), rezip(odds, M // 2))
         return tl.reshape(x, (x.numel,))
 
 
@@ -290,6 +290,39 @@ def _scale(values, factors, M: tl.constexpr):
     return result
 
 
+@triton.jit
+def prune_groups(values, index, seed_ptr, N: tl.constexpr, M: tl.constexpr, PRUNE: tl.constexpr):
+    """Prune where one group at a time is all that is needed.
+
+    Args:
+        values: M tensors of one value of each group.
+        index: The numbers of the groups, as reference.group_index gives them.
+        seed_ptr: For "random" and "mvue"; else None.
+
+    Returns:
+        M tensors, as values.
+    """
+    if PRUNE == "magnitude":
+        result = _where(_magnitude_keep(values, N, M), values, M)
+    elif PRUNE == "rescaled_magnitude":
+        keep = _magnitude_keep(values, N, M)
+        sizes = _sizes(values, M)
+        factor = _rescale_factor(_sum(sizes, M), _sum(_where(keep, sizes, M), M))
+        factors = ()
+        for _ in tl.static_range(M):
+            factors = factors + (factor,)
+        result = _where(keep, _scale(values, factors, M), M)
+    elif PRUNE == "random":
+        result = _where(_random_keep(tl.load(seed_ptr), index, N, M), values, M)
+    else:
+        tl.static_assert(PRUNE == "mvue", "unknown pruning function")
+        keep = _magnitude_keep(values, N, M)
+        words = _philox(tl.load(seed_ptr), index, 0)
+        uniform = (words[0] >> 8).to(tl.int32)
+        result = _mvue(values, keep, _sizes(values, M), uniform, N, M)
+    return result
+
+
 # Kernels
 
 
@@ -308,13 +341,13 @@ def _prune_kernel(
     CHANNELS_LAST: tl.constexpr,
     BLOCK: tl.constexpr,  # of size
 ):
-    """Prune where one group at a time is all that is needed. Grid: (ceil(size / BLOCK),)."""
+    """Prune with scope "group", or by factors that are given. Grid: (ceil(size / BLOCK),)."""
     # size comes with 32 bits where they suffice, which keeps the divisions below cheap.
     start = tl.program_id(0).to(size.dtype) * BLOCK
     place = start + tl.arange(0, BLOCK)
     mask = tl.arange(0, BLOCK) < size - start
     if CHANNELS_LAST:
-        values = _unzip(tl.load(x_ptr + place, mask=mask, other=0.0), M)
+        values = unzip(tl.load(x_ptr + place, mask=mask, other=0.0), M)
         index = start // M + tl.arange(0, BLOCK // M)
     else:
         # Group (sample, c) at a position: M values, `spatial` apart.
@@ -328,34 +361,20 @@ def _prune_kernel(
         blocks = channels // M
         index = (plane // blocks * spatial + position) * blocks + plane % blocks
 
-    if PRUNE == "magnitude":
-        result = _where(_magnitude_keep(values, N, M), values, M)
-    elif PRUNE == "rescaled_magnitude":
-        keep = _magnitude_keep(values, N, M)
+    if factor_ptr is None:
+        result = prune_groups(values, index, seed_ptr, N, M, PRUNE)
+    else:
         factors = ()
-        if factor_ptr is None:
-            sizes = _sizes(values, M)
-            factor = _rescale_factor(_sum(sizes, M), _sum(_where(keep, sizes, M), M))
-            for _ in tl.static_range(M):
-                factors = factors + (factor,)
-        elif CHANNELS_LAST:
-            factors = _unzip(tl.load(factor_ptr + place % channels), M)
+        if CHANNELS_LAST:
+            factors = unzip(tl.load(factor_ptr + place % channels), M)
         else:
             for i in tl.static_range(M):
                 channel = plane % blocks * M + i
                 factors = factors + (tl.load(factor_ptr + channel),)
-        result = _where(keep, _scale(values, factors, M), M)
-    elif PRUNE == "random":
-        result = _where(_random_keep(tl.load(seed_ptr), index, N, M), values, M)
-    else:
-        tl.static_assert(PRUNE == "mvue", "unknown pruning function")
-        keep = _magnitude_keep(values, N, M)
-        words = _philox(tl.load(seed_ptr), index, 0)
-        uniform = (words[0] >> 8).to(tl.int32)
-        result = _mvue(values, keep, _sizes(values, M), uniform, N, M)
+        result = _where(_magnitude_keep(values, N, M), _scale(values, factors, M), M)
 
     if CHANNELS_LAST:
-        tl.store(out_ptr + place, _zip(result, M), mask=mask)
+        tl.store(out_ptr + place, rezip(result, M), mask=mask)
     else:
         for i in tl.static_range(M):
             tl.store(out_ptr + first + i * step, result[i], mask=mask)
@@ -398,7 +417,7 @@ def _load_tile(x_ptr, offsets, mask, spatial, M: tl.constexpr, CHANNELS_LAST: tl
         values = ()
         for i in tl.static_range(M):
             values = values + (tl.load(x_ptr + offsets + i * step, mask=mask, other=0.0),)
-        return _zip(values, M)
+        return rezip(values, M)
 
 
 @triton.jit
@@ -423,10 +442,10 @@ def _scope_sums(
             row, first_channel, channels, spatial, M, CHANNELS_LAST, ROWS, COLUMNS
         )
         x = _load_tile(x_ptr, offsets, mask, spatial, M, CHANNELS_LAST)
-        values = _unzip(x, M)
+        values = unzip(x, M)
         keep = _magnitude_keep(values, N, M)
         total += tl.abs(x.to(tl.float32))
-        kept += _zip(_where(keep, _sizes(values, M), M), M)
+        kept += rezip(_where(keep, _sizes(values, M), M), M)
     total = tl.sum(tl.reshape(total, (ROWS, COLUMNS)), axis=0)
     kept = tl.sum(tl.reshape(kept, (ROWS, COLUMNS)), axis=0)
     return total, kept
@@ -455,16 +474,16 @@ def _feature_map_kernel(
         N, M, CHANNELS_LAST, ROWS, COLUMNS,
     )  # fmt: skip
     factor = tl.broadcast_to(_rescale_factor(total, kept)[None, :], (ROWS, COLUMNS))
-    factors = _unzip(tl.reshape(factor, (ROWS * COLUMNS,)), M)
+    factors = unzip(tl.reshape(factor, (ROWS * COLUMNS,)), M)
     for row in range(0, spatial, ROWS):
         offsets, mask = _tile(
             row, first_channel, channels, spatial, M, CHANNELS_LAST, ROWS, COLUMNS
         )
-        values = _unzip(_load_tile(x_ptr + sample, offsets, mask, spatial, M, CHANNELS_LAST), M)
+        values = unzip(_load_tile(x_ptr + sample, offsets, mask, spatial, M, CHANNELS_LAST), M)
         keep = _magnitude_keep(values, N, M)
         result = _where(keep, _scale(values, factors, M), M)
         if CHANNELS_LAST:
-            tl.store(out_ptr + sample + offsets, _zip(result, M), mask=mask)
+            tl.store(out_ptr + sample + offsets, rezip(result, M), mask=mask)
         else:
             step = spatial.to(tl.int64)
             for i in tl.static_range(M):
@@ -566,7 +585,7 @@ def channel_factor(grad_output: Tensor, n: int, m: int) -> Tensor:
     sums = x.new_empty((parts, 2, channels), dtype=torch.float32)
     with torch.cuda.device_of(x):
         _channel_sums_kernel[(parts, column_programs)](
-            x, sums, channels, spatial, chunk, n, m, channels_last, rows, columns, **_LAUNCH
+            x, sums, channels, spatial, chunk, n, m, channels_last, rows, columns, **LAUNCH
         )
     total, kept = sums.sum(0)
     factor = total / kept
@@ -590,7 +609,7 @@ def _prune_dense(
         if scope == "feature_map":
             rows, columns = scope_tile(m, channels, channels_last)
             _feature_map_kernel[(samples, triton.cdiv(channels, columns))](
-                x, out, channels, spatial, n, m, channels_last, rows, columns, **_LAUNCH
+                x, out, channels, spatial, n, m, channels_last, rows, columns, **LAUNCH
             )
             return
         factor = channel_factor(x, n, m) if scope == "channel" else None
@@ -598,7 +617,7 @@ def _prune_dense(
         block = group_block(m, channels_last, wide=x.numel() > torch.iinfo(torch.int32).max)
         _prune_kernel[(triton.cdiv(size, block),)](
             x, out, seed, factor, size, channels, spatial,
-            n, m, prune, channels_last, block, **_LAUNCH,
+            n, m, prune, channels_last, block, **LAUNCH,
         )  # fmt: skip
 
 
@@ -610,11 +629,11 @@ def group_block(m: int, channels_last: bool, wide: bool = False) -> int:
             that "mvue" has not got to spare (Triton 3.8 spills some).
     """
     if channels_last:
-        return max(_TILE, _THREADS * m)
-    return max(_THREADS, min(512 if wide else 1024, 2 * _TILE // m))
+        return max(_TILE, THREADS * m)
+    return max(THREADS, min(512 if wide else 1024, 2 * _TILE // m))
 
 
 def scope_tile(m: int, channels: int, channels_last: bool) -> tuple[int, int]:
     """Return ROWS and COLUMNS of a tile of the kernels for the wider scopes."""
     columns = max(m, min(64, triton.next_power_of_2(channels))) if channels_last else m
-    return max(_TILE, _THREADS * m) // columns, columns
+    return max(_TILE, THREADS * m) // columns, columns
