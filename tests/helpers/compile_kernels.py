@@ -16,6 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from sdgp_fx.kernels import triton_prune
+from sdgp_fx.kernels.sparse import triton_pack
 
 CHANNELS = 256
 
@@ -74,6 +75,15 @@ def scope_kernel(kernel, dtype, n, m, channels_last, capability, **kwargs):
     return compile_kernel(kernel, arguments, constants, capability, **kwargs)
 
 
+def pack_kernel(n, m, prune, capability, sizes):
+    arguments = {"x_ptr": "*bf16", "values_ptr": "*bf16", "places_ptr": "*i16"}
+    arguments |= dict.fromkeys(("size", "runs", "height", "width"), "i32")
+    constants = {"seed_ptr": None, "HALO_H": 1, "HALO_W": 1, "N": n, "M": m, "PRUNE": prune}
+    constants |= {"RUN": max(16, m), "BLOCK": triton_prune.THREADS}
+    kernel = triton_pack._prune_and_pack_kernel
+    return compile_kernel(kernel, arguments, constants, capability, sizes=sizes)
+
+
 class Driver:
     """Answer what Triton asks before it compiles for a launch, for a GPU that isn't there."""
 
@@ -109,6 +119,10 @@ def launched_kernels():
                 if rescale == "group" or prune == "rescaled_magnitude":
                     label = f"launched sm_90 {names[layout]} bf16 2:4 {prune} {rescale}"
                     triton_prune.prune_nm(x, seed, 2, 4, prune, rescale)
+    for prune in ("random", "rescaled_magnitude"):
+        label = f"packed sm_90 bf16 2:4 {prune}"
+        x = torch.randn(4, 16, 16, 64).bfloat16().movedim(-1, 1)
+        triton_pack.prune_and_pack(x, seed, 2, 4, prune, (1, 1))
     return compiled
 
 
@@ -176,6 +190,14 @@ def main():
     kernels["sm_90 channels_last fp32 16:32 feature_map"] = scope_kernel(
         triton_prune._feature_map_kernel, "fp32", 16, 32, True, 90
     )
+    for n, m, prune, sizes in (
+        (2, 4, "rescaled_magnitude", "odd"),
+        (2, 32, "magnitude", "odd"),
+        (2, 4, "magnitude", "wide"),
+    ):
+        kernels[f"packed sm_80 bf16 {n}:{m} {prune} {sizes}_sizes"] = pack_kernel(
+            n, m, prune, 80, sizes
+        )
     # Most of what is compiled for sm_80 above is among what the launchers compile for sm_90.
     kernels |= launched_kernels()
     print(json.dumps({name: describe(kernel) for name, kernel in kernels.items()}, indent=1))

@@ -7,6 +7,7 @@ from sdgp_fx.kernels import reference
 
 from ..conftest import HAS_GPU
 from ..helpers import by_hand
+from ..helpers.gradients import as_channels_last, special
 
 pytest.importorskip("triton", reason="needs Triton")
 import triton
@@ -43,27 +44,6 @@ needs_loops = pytest.mark.skipif(
 
 
 SCOPES = ["group", *(pytest.param(s, marks=needs_loops) for s in ("feature_map", "channel"))]
-
-
-def special(shape, dtype):
-    """Make a gradient of random and special numbers.
-
-    The special ones are ties, zeros of both signs, subnormal, smallest and largest numbers, NaN and
-    infinities.
-    """
-    info = torch.finfo(dtype)
-    palette = [0.0, -0.0, 1.0, -1.0, 1 + info.eps, info.tiny / 2, -info.tiny, 2.0]
-    palette += [float("nan"), float("inf"), -float("inf"), info.max, info.min]
-    palette = torch.tensor(palette, dtype=torch.float64).to(dtype)
-    x = torch.randn(shape).to(dtype)
-    drawn = palette[torch.randint(len(palette), shape)]
-    # Most groups see finite numbers only: one NaN decides the outcome of a whole scope.
-    rare = torch.rand(shape) < torch.tensor([0.0, 0.02, 0.5])[torch.randint(3, (shape[0], 1, 1, 1))]
-    return torch.where(rare.view(shape), drawn, x)
-
-
-def as_channels_last(x):
-    return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 def compare(x, seed, n, m, prune, rescale):

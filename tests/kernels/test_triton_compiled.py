@@ -87,3 +87,19 @@ def test_launchers_pass_what_the_kernels_take(kernels, layout):
         if "_prune_kernel" in name and "channel _" not in name:
             assert set(kernel["loads"]) <= {16, 8}, name  # The seed has 8 bytes.
             assert set(kernel["stores"]) == {16}, name
+
+
+def test_packing_moves_16_bytes_an_access(kernels):
+    """A thread reads its run and writes half of it in 16 bytes an access, and its places in one."""
+    chosen = select(kernels, "packed", "2:4")
+    assert len(chosen) == 4
+    for name, kernel in chosen.items():
+        assert kernel["loads"] == [16, 16] + [8] * ("random" in name), name  # The seed has 8 bytes.
+        assert kernel["stores"] == [16, 2], name
+        assert kernel["shared"] == 0, name
+
+
+def test_packing_moves_16_bytes_an_access_of_the_longest_groups(kernels):
+    (kernel,) = select(kernels, "packed", "2:32").values()
+    assert kernel["loads"] == [16] * 4
+    assert kernel["stores"] == [16, 16, 4]

@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 # Channels whose places are one int16.
 CHANNELS_OF_PLACES = 16

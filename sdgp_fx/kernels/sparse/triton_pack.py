@@ -22,23 +22,29 @@ DTYPES = (torch.bfloat16, torch.float16)
 
 
 @triton.jit
+def _is_kept(value):
+    """Tell a value from zeros of both signs, by its bits, as NaN and subnormal numbers are kept."""
+    return (value.to(tl.int16, bitcast=True) & 0x7FFF) != 0
+
+
+@triton.jit
 def _pack(values):
-    """Pack groups of four values, given as 16-bit integers, of which at most two are not zero.
+    """Pack groups of four values, of which at most two are not zero.
 
     Returns the lower and the higher value, and the four bits of their places.
     """
     a, b, c, d = values
-    has_a = (a & 0x7FFF) != 0
-    has_b = (b & 0x7FFF) != 0
-    has_c = (c & 0x7FFF) != 0
-    has_d = (d & 0x7FFF) != 0
-    # The lower place is 0, and the higher 1, unless they must be another.
-    low_b = has_b & (has_c | has_d)
-    low_c = has_c & has_d
-    lower = tl.where(low_b, b, tl.where(low_c, c, tl.where(has_a, a, 0)))
-    higher = tl.where(has_d, d, tl.where(has_c, c, tl.where(has_b & ~low_b, b, 0)))
-    lower_place = tl.where(low_b, 1, tl.where(low_c, 2, 0))
-    higher_place = tl.where(has_d, 3, tl.where(has_c, 2, 1))
+    keeps_a = _is_kept(a)
+    keeps_b = _is_kept(b)
+    keeps_c = _is_kept(c)
+    keeps_d = _is_kept(d)
+    # The places are 0 and 1 unless what is kept needs others.
+    b_is_lower = keeps_b & (keeps_c | keeps_d)
+    c_is_lower = keeps_c & keeps_d
+    lower = tl.where(b_is_lower, b, tl.where(c_is_lower, c, tl.where(keeps_a, a, 0.0)))
+    higher = tl.where(keeps_d, d, tl.where(keeps_c, c, tl.where(keeps_b, b, 0.0)))
+    lower_place = tl.where(b_is_lower, 1, tl.where(c_is_lower, 2, 0))
+    higher_place = tl.where(keeps_d, 3, tl.where(keeps_c, 2, 1))
     return lower, higher, lower_place | higher_place << 2
 
 
@@ -68,35 +74,49 @@ def _prune_and_pack_kernel(
     run = start + tl.arange(0, BLOCK)
     inside = tl.arange(0, BLOCK) < rest
     if HALO_H + HALO_W > 0:
+        # Unsigned, for cheaper divisions, and a position before the first is beyond the last.
+        unsigned: tl.constexpr = tl.uint32 if size.dtype == tl.int32 else tl.uint64
+        run = run.to(unsigned)
+        runs = runs.to(unsigned)
+        width = width.to(unsigned)
+        height = height.to(unsigned)
         position = run // runs
         row = position // (width + 2 * HALO_W)
         sample = row // (height + 2 * HALO_H)
         x = position % (width + 2 * HALO_W) - HALO_W
         y = row % (height + 2 * HALO_H) - HALO_H
-        inside = inside & (x >= 0) & (x < width) & (y >= 0) & (y < height)
+        inside = inside & (x < width) & (y < height)
         run = ((sample * height + y) * width + x) * runs + run % runs
+    run = run.to(tl.int64)
 
-    run = run.to(tl.int64)[:, None]
-    offset = run * RUN + tl.arange(0, 8)[None, :]
+    # What is not inside is zero, and zeros pack to what a halo has.
+    offset = run[:, None] * RUN + tl.arange(0, 8)[None, :]
     values = ()
     for i in tl.static_range(RUN // 8):
-        # What is not inside is zero, and zeros pack to what a halo has.
         eight = tl.load(x_ptr + offset + 8 * i, mask=inside[:, None], other=0.0)
         values = values + unzip(tl.reshape(eight, (BLOCK * 8,)), 8)
-    values = unzip(rezip(values, RUN), M)
-    index = tl.reshape(run * (RUN // M) + tl.arange(0, RUN // M)[None, :], (BLOCK * RUN // M,))
-
-    pruned = rezip(prune_groups(values, index, seed_ptr, N, M, PRUNE), M)
-    lower, higher, places = _pack(unzip(pruned.to(tl.int16, bitcast=True), 4))
-    values = rezip((lower, higher), 2).to(pruned.dtype, bitcast=True)
-    a, b, c, d = unzip(places, 4)
-    places = (a | b << 4 | c << 8 | d << 12).to(tl.int16)
+    pruned = ()
+    for i in tl.static_range(RUN // M):
+        group = values[i * M : (i + 1) * M]
+        pruned = pruned + prune_groups(group, run * (RUN // M) + i, seed_ptr, N, M, PRUNE)
+    kept = ()
+    bits = ()
+    for i in tl.static_range(RUN // 4):
+        lower, higher, both = _pack(pruned[4 * i : 4 * i + 4])
+        kept = kept + (lower, higher)
+        bits = bits + (both,)
+    places = ()
+    for i in tl.static_range(RUN // 16):
+        a, b, c, d = bits[4 * i : 4 * i + 4]
+        places = places + ((a | b << 4 | c << 8 | d << 12).to(tl.int16),)
 
     start = start.to(tl.int64)
     place = tl.arange(0, BLOCK * RUN // 2)
-    tl.store(values_ptr + start * (RUN // 2) + place, values, mask=place < rest * (RUN // 2))
+    mask = place < rest * (RUN // 2)
+    tl.store(values_ptr + start * (RUN // 2) + place, rezip(kept, RUN // 2), mask=mask)
     place = tl.arange(0, BLOCK * RUN // 16)
-    tl.store(places_ptr + start * (RUN // 16) + place, places, mask=place < rest * (RUN // 16))
+    mask = place < rest * (RUN // 16)
+    tl.store(places_ptr + start * (RUN // 16) + place, rezip(places, RUN // 16), mask=mask)
 
 
 def prune_and_pack(
