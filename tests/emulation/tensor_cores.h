@@ -3,35 +3,74 @@
 #pragma once
 #include <array>
 #include <bit>
+#include <cmath>
 #include <memory>
 
 #include "memory.h"
 
 namespace emulated {
 
+float half_to_float(uint16_t bits) {
+  const float magnitude = (bits & 0x7C00) == 0 ? std::ldexp(float(bits & 0x3FF), -24)
+                          : (bits & 0x7C00) != 0x7C00
+                              ? std::ldexp(float((bits & 0x3FF) | 0x400), ((bits >> 10) & 31) - 25)
+                          : bits & 0x3FF ? NAN
+                                         : INFINITY;
+  return bits & 0x8000 ? -magnitude : magnitude;
+}
+
+// Round to the nearest, ties to even.
+uint16_t float_to_half(float value) {
+  const uint16_t sign = std::signbit(value) ? 0x8000 : 0;
+  if (std::isnan(value)) return 0x7FFF;
+  const float magnitude = std::fabs(value);
+  if (magnitude >= 65520.0f) return sign | 0x7C00;
+  if (magnitude < std::ldexp(1.0f, -14)) return sign | uint16_t(std::nearbyint(std::ldexp(magnitude, 24)));
+  int exponent;
+  const float fraction = std::frexp(magnitude, &exponent);  // in [0.5, 1)
+  return sign | uint16_t(((exponent + 13) << 10) + int(std::nearbyint(std::ldexp(fraction, 11))));
+}
+
 inline float to_float(Element element, uint16_t bits) {
   return element == Element::bfloat16 ? bfloat16_to_float(bits) : half_to_float(bits);
 }
 
+// What a lane brings to ldmatrix or stmatrix: one row of a matrix, and its part of every matrix.
 struct Rows {
   const void *row;
   uint16_t *registers;
 };
 
+// Call with two-byte elements of shared memory and of a lane's registers that belong together.
+template <class Move>
+void for_each_pair(const void *const *lanes, int count, bool transpose, const char *what, Move move) {
+  const auto rows = [&](int lane) { return static_cast<const Rows *>(lanes[lane]); };
+  for (int i = 0; i < 8 * count; i++) shared_offset(rows(i)->row, 16, 16, what);
+  for (int lane = 0; lane < 32; lane++)
+    for (int i = 0; i < 2 * count; i++) {
+      int row = lane / 4, column = lane % 4 * 2 + i % 2;
+      if (transpose) std::swap(row, column);
+      const void *from = rows(i / 2 * 8 + row)->row;
+      move(static_cast<uint16_t *>(const_cast<void *>(from))[column], rows(lane)->registers[i]);
+    }
+}
+
 void ldmatrix(const void *row, void *registers, int count, bool transpose) {
   const Rows mine{row, static_cast<uint16_t *>(registers)};
   together("ldmatrix", &mine, [&](const void *const *lanes) {
-    for (int i = 0; i < 8 * count; i++)
-      shared_offset(static_cast<const Rows *>(lanes[i])->row, 16, 16, "ldmatrix reads");
-    for (int lane = 0; lane < 32; lane++)
-      for (int matrix = 0; matrix < count; matrix++)
-        for (int half = 0; half < 2; half++) {
-          int r = lane / 4, c = lane % 4 * 2 + half;
-          if (transpose) std::swap(r, c);
-          const void *from = static_cast<const Rows *>(lanes[8 * matrix + r])->row;
-          static_cast<const Rows *>(lanes[lane])->registers[2 * matrix + half] =
-              static_cast<const uint16_t *>(from)[c];
-        }
+    for_each_pair(lanes, count, transpose, "ldmatrix reads",
+                  [](uint16_t &memory, uint16_t &lane) { lane = memory; });
+  });
+}
+
+void stmatrix(const void *row, const uint32_t *registers, int count, bool transpose) {
+  uint16_t copy[8];
+  std::memcpy(copy, registers, 4 * count);
+  const Rows mine{row, copy};
+  together("stmatrix", &mine, [&](const void *const *lanes) {
+    for_each_pair(lanes, count, transpose, "stmatrix writes",
+                  [](uint16_t &memory, uint16_t &lane) { memory = lane; });
+    note_stores();
   });
 }
 
