@@ -67,11 +67,11 @@ struct __nv_bfloat162 {
   bfloat16_t x, y;
 };
 
-#define VECTOR(type, scalar)                                                            \
-  struct type##1 { scalar x; };                                                         \
-  struct alignas(2 * sizeof(scalar)) type##2 { scalar x, y; };                          \
-  struct alignas(4 * sizeof(scalar)) type##4 { scalar x, y, z, w; };                    \
-  inline type##2 make_##type##2(scalar x, scalar y) { return {x, y}; }                  \
+#define VECTOR(type, scalar)                                           \
+  struct type##1 { scalar x; };                                        \
+  struct alignas(2 * sizeof(scalar)) type##2 { scalar x, y; };         \
+  struct alignas(4 * sizeof(scalar)) type##4 { scalar x, y, z, w; };   \
+  inline type##2 make_##type##2(scalar x, scalar y) { return {x, y}; } \
   inline type##4 make_##type##4(scalar x, scalar y, scalar z, scalar w) { return {x, y, z, w}; }
 VECTOR(float, float)
 VECTOR(int, int)
@@ -92,12 +92,8 @@ template <class T> unsigned __pack_half2(T low, T high) {
   return low.bits | unsigned(high.bits) << 16;
 }
 
-template <class A, class B> std::common_type_t<A, B> min(A a, B b) {
-  return a < b ? a : b;
-}
-template <class A, class B> std::common_type_t<A, B> max(A a, B b) {
-  return a > b ? a : b;
-}
+template <class A, class B> std::common_type_t<A, B> min(A a, B b) { return a < b ? a : b; }
+template <class A, class B> std::common_type_t<A, B> max(A a, B b) { return a > b ? a : b; }
 
 // How a TMA instruction goes through a tensor in global memory. Dimensions: the innermost is first.
 struct CUtensorMap {
@@ -189,10 +185,10 @@ struct Barrier {
 
 namespace SM80::MMA {
 enum class SparseSel { Zero, One };
-}
+}  // namespace SM80::MMA
 namespace cute::SM90::GMMA {
 enum class SparseSel { Zero, One };
-}
+}  // namespace cute::SM90::GMMA
 
 namespace tl {
 
@@ -213,8 +209,10 @@ template <int size> void cp_async_gs_conditional(const void *to, const void *fro
 inline void cp_async_commit() { emulated::commit_copies(); }
 template <int groups> void cp_async_wait() {
   // TileLang writes the wait for no group as cp.async.wait_all, which needs no commit.
-  if constexpr (groups == 0) emulated::wait_all_copies();
-  else emulated::wait_copies(groups);
+  if constexpr (groups == 0)
+    emulated::wait_all_copies();
+  else
+    emulated::wait_copies(groups);
 }
 
 inline void __sync_thread_partial(int barrier, int count) { emulated::synchronize(barrier, count); }
@@ -246,16 +244,24 @@ inline void prefetch_tma_descriptor(const CUtensorMap &) {}
 // One thread of each `extent` threads: the first. 0: one thread of the block.
 template <int extent> bool tl_shuffle_elect() {
   const int thread = emulated::thread_index();
-  if constexpr (extent == 0) return thread == 0;
-  else return thread % 32 == 0 && thread / 32 % ((extent + 31) / 32) == 0;
+  if constexpr (extent == 0)
+    return thread == 0;
+  else
+    return thread % 32 == 0 && thread / 32 % ((extent + 31) / 32) == 0;
 }
 
 inline void ptx_ldmatrix_x1(const void *row, void *to) { emulated::ldmatrix(row, to, 1, false); }
 inline void ptx_ldmatrix_x2(const void *row, void *to) { emulated::ldmatrix(row, to, 2, false); }
 inline void ptx_ldmatrix_x4(const void *row, void *to) { emulated::ldmatrix(row, to, 4, false); }
-inline void ptx_ldmatrix_x1_trans(const void *row, void *to) { emulated::ldmatrix(row, to, 1, true); }
-inline void ptx_ldmatrix_x2_trans(const void *row, void *to) { emulated::ldmatrix(row, to, 2, true); }
-inline void ptx_ldmatrix_x4_trans(const void *row, void *to) { emulated::ldmatrix(row, to, 4, true); }
+inline void ptx_ldmatrix_x1_trans(const void *row, void *to) {
+  emulated::ldmatrix(row, to, 1, true);
+}
+inline void ptx_ldmatrix_x2_trans(const void *row, void *to) {
+  emulated::ldmatrix(row, to, 2, true);
+}
+inline void ptx_ldmatrix_x4_trans(const void *row, void *to) {
+  emulated::ldmatrix(row, to, 4, true);
+}
 
 template <int count, bool transpose, class... Registers>
 void stmatrix(const void *row, Registers... values) {
@@ -263,12 +269,24 @@ void stmatrix(const void *row, Registers... values) {
   const uint32_t registers[] = {uint32_t(values)...};
   emulated::stmatrix(row, registers, count, transpose);
 }
-template <class... R> void ptx_stmatrix_m8n8_x1(const void *row, R... v) { stmatrix<1, false>(row, v...); }
-template <class... R> void ptx_stmatrix_m8n8_x2(const void *row, R... v) { stmatrix<2, false>(row, v...); }
-template <class... R> void ptx_stmatrix_m8n8_x4(const void *row, R... v) { stmatrix<4, false>(row, v...); }
-template <class... R> void ptx_stmatrix_m8n8_x1_trans(const void *row, R... v) { stmatrix<1, true>(row, v...); }
-template <class... R> void ptx_stmatrix_m8n8_x2_trans(const void *row, R... v) { stmatrix<2, true>(row, v...); }
-template <class... R> void ptx_stmatrix_m8n8_x4_trans(const void *row, R... v) { stmatrix<4, true>(row, v...); }
+template <class... R> void ptx_stmatrix_m8n8_x1(const void *row, R... v) {
+  stmatrix<1, false>(row, v...);
+}
+template <class... R> void ptx_stmatrix_m8n8_x2(const void *row, R... v) {
+  stmatrix<2, false>(row, v...);
+}
+template <class... R> void ptx_stmatrix_m8n8_x4(const void *row, R... v) {
+  stmatrix<4, false>(row, v...);
+}
+template <class... R> void ptx_stmatrix_m8n8_x1_trans(const void *row, R... v) {
+  stmatrix<1, true>(row, v...);
+}
+template <class... R> void ptx_stmatrix_m8n8_x2_trans(const void *row, R... v) {
+  stmatrix<2, true>(row, v...);
+}
+template <class... R> void ptx_stmatrix_m8n8_x4_trans(const void *row, R... v) {
+  stmatrix<4, true>(row, v...);
+}
 
 template <DataType A, DataType B, DataType C, int m, int n, int k, bool transpose_a,
           bool transpose_b, SM80::MMA::SparseSel selector = SM80::MMA::SparseSel::Zero>

@@ -113,7 +113,8 @@ inline NamedBarrier &arrive_at(int id, int count) {
   if (id < 0 || id > 15) fail("there is no barrier " + std::to_string(id));
   if (count % 32) fail("a barrier's threads are not whole warps");
   NamedBarrier &barrier = named_barriers.try_emplace(id).first->second;
-  if (barrier.arrived && barrier.count != count) fail("a barrier is used with two counts of threads");
+  if (barrier.arrived && barrier.count != count)
+    fail("a barrier is used with two counts of threads");
   if (!barrier.arrived) barrier.order = Order(self->order.seen.size());
   barrier.count = count;
   barrier.arrived++;

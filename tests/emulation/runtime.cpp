@@ -32,7 +32,9 @@ class Guarded {
   Guarded(const Guarded &) = delete;
   ~Guarded() { munmap(mapping_, bytes_); }
 
-  void forbid_writes() { mprotect(mapping_ + sysconf(_SC_PAGESIZE), bytes_ - 2 * sysconf(_SC_PAGESIZE), PROT_READ); }
+  void forbid_writes() {
+    mprotect(mapping_ + sysconf(_SC_PAGESIZE), bytes_ - 2 * sysconf(_SC_PAGESIZE), PROT_READ);
+  }
 
  private:
   char *mapping_;
@@ -69,7 +71,8 @@ void report_deadlock() {
   for (const Thread &thread : threads)
     if (!thread.finished) waiting[thread.waits_for]++;
   std::string message = "no thread can go on";
-  for (const auto &[what, count] : waiting) message += "; " + std::to_string(count) + " wait for " + what;
+  for (const auto &[what, count] : waiting)
+    message += "; " + std::to_string(count) + " wait for " + what;
   for (const auto &[address, barrier] : barriers)
     message += "; " + name(barrier) + " lacks " +
                std::to_string(barrier.pending - long(barrier.arrivals.size())) + " arrivals and " +
@@ -147,7 +150,8 @@ const char *run(const Launch &launch, void (*entry)(const Arguments &)) {
   try {
     for (blockIdx.z = 0; blockIdx.z < gridDim.z; blockIdx.z++)
       for (blockIdx.y = 0; blockIdx.y < gridDim.y; blockIdx.y++)
-        for (blockIdx.x = 0; blockIdx.x < gridDim.x; blockIdx.x++) run_block(launch.threads, stacks.get());
+        for (blockIdx.x = 0; blockIdx.x < gridDim.x; blockIdx.x++)
+          run_block(launch.threads, stacks.get());
     for (int i = 0; i < launch.tensor_count; i++)
       if (launch.tensors[i].written)
         std::memcpy(launch.tensors[i].data, tensors[i].begin, launch.tensors[i].bytes);

@@ -292,5 +292,5 @@ def test_launch_is_read_from_the_host():
 def test_tensor_map_hardware_refuses(change):
     good = {"element": 2, "size": (64, 8), "stride": (2, 128), "box": (64, 8), "swizzle": 128}
     TensorMap("weight", **good)
-    with pytest.raises(ValueError, match="need|must"):
+    with pytest.raises(ValueError, match=r"need|must"):
         TensorMap("weight", **good | change)
