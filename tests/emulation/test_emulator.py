@@ -211,27 +211,35 @@ def test_metadata_must_ascend(kernel, cache_dir):
 def test_every_half(cache_dir):
     """float16 to and from float32, for all of float16 and halfway between any two."""
     run = emulate(
-        'extern "C" __global__ void convert(float* up, half_t* down, const half_t* in) {\n'
+        'extern "C" __global__ void convert(float* up, half_t* down, half_t* middle, '
+        "const half_t* in) {\n"
         "  for (int i = 0; i < 65535; ++i) {\n"
         "    up[i] = in[i];\n"
-        "    down[i] = (half_t)((float(in[i]) + float(in[i + 1])) * 0.5f);\n"
+        "    down[i] = (half_t)up[i];\n"
+        "    middle[i] = (half_t)((up[i] + float(in[i + 1])) * 0.5f);\n"
         "  }\n"
         "}\n",
         cache_dir,
     )
     halves = torch.arange(65536).to(torch.int16).view(torch.float16)
-    up, down = torch.empty(65535), torch.empty(65535, dtype=torch.float16)
-    run(grid=(1,), threads=32, shared_bytes=0, up=up, down=down, **{"in": halves})
-    expected = (halves[:-1].float() + halves[1:].float()).mul(0.5).to(torch.float16)
-    torch.testing.assert_close(up, halves[:-1].float(), rtol=0, atol=0, equal_nan=True)
-    torch.testing.assert_close(down, expected, rtol=0, atol=0, equal_nan=True)
+    exact = halves[:-1].float()
+    up, down, middle = torch.empty(65535), *torch.empty(2, 65535, dtype=torch.float16)
+    tensors = {"up": up, "down": down, "middle": middle, "in": halves}
+    run(grid=(1,), threads=32, shared_bytes=0, **tensors)
+    expected = (exact + halves[1:].float()).mul(0.5).to(torch.float16)
+    for result, right in ((up, exact), (down, halves[:-1]), (middle, expected)):
+        torch.testing.assert_close(result, right, rtol=0, atol=0, equal_nan=True)
 
 
 STORE = """
 extern "C" __global__ void store(__grid_constant__ const CUtensorMap out_desc) {
   extern __shared__ __align__(1024) uchar buf_dyn_shmem[];
   float* tile = (float*)buf_dyn_shmem;
-  tile[(int)threadIdx.x] = threadIdx.x;
+  int thread = (int)threadIdx.x;
+  tile[thread] = thread < 32 ? -1 : thread;
+  __syncthreads();
+  // In between
+  if (thread < 32) tile[thread] = thread;
   __syncthreads();
   if (tl::tl_shuffle_elect<0>()) {
     tl::fence_proxy_async();
@@ -240,30 +248,43 @@ extern "C" __global__ void store(__grid_constant__ const CUtensorMap out_desc) {
     tl::tma_store_wait<0, true>();
   }
   __syncthreads();
-  tile[(int)threadIdx.x] = -1;
+  tile[thread] = -1;
 }
 """
+NOT_FENCED = "a TMA store reads what a store wrote"
+STORE_MUTATIONS = {
+    "no fence": ({FENCE: ""}, NOT_FENCED),
+    "fences before the last stores": ({FENCE: "", "// In between": FENCE}, NOT_FENCED),
+    "a fence beside the last stores": (
+        {FENCE: "", "// In between": f"if (thread == 63) {FENCE}"},
+        NOT_FENCED,
+    ),
+    "no group": ({"tl::tma_store_arrive();": ""}, "ends before its TMA store has read"),
+    "no wait": ({"tl::tma_store_wait<0, true>();": ""}, "ends before its TMA store has read"),
+}
 
 
-@pytest.mark.parametrize(
-    ("statement", "message"),
-    [
-        (None, None),
-        ("tl::fence_proxy_async();", "a TMA store reads what a store wrote"),
-        ("tl::tma_store_wait<0, true>();", "ends before its TMA store has read"),
-    ],
-)
-def test_tma_store(statement, message, cache_dir):
-    run = emulate(STORE.replace(statement, "") if statement else STORE, cache_dir)
+def store(source, cache_dir):
     out = torch.full((11, 8), torch.nan)
     out_map = TensorMap("out", element=4, size=(8, 11), stride=(4, 32), box=(8, 8))
-    arguments = {"maps": {"out_desc": out_map}, "out": out}
-    if message:
-        with pytest.raises(EmulationError, match=message):
-            run(grid=(1, 2), threads=64, shared_bytes=256, **arguments)
-    else:
-        run(grid=(1, 2), threads=64, shared_bytes=256, **arguments)
-        assert (out == torch.arange(64.0).view(8, 8).repeat(2, 1)[:11]).all()
+    run = emulate(source, cache_dir)
+    run(grid=(1, 2), threads=64, shared_bytes=256, maps={"out_desc": out_map}, out=out)
+    return out
+
+
+def test_tma_store(cache_dir):
+    expected = torch.arange(64.0).view(8, 8).repeat(2, 1)[:11]
+    torch.testing.assert_close(store(STORE, cache_dir), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("mutation", STORE_MUTATIONS)
+def test_tma_store_mutation(mutation, cache_dir):
+    changes, message = STORE_MUTATIONS[mutation]
+    source = STORE
+    for old, new in changes.items():
+        source = source.replace(old, new)
+    with pytest.raises(EmulationError, match=message):
+        store(source, cache_dir)
 
 
 def test_launch_is_read_from_the_host():
