@@ -24,9 +24,9 @@ on a collective; and a deadlock, with what each thread waits for.
 
 Not emulated: clusters, multicast, TMA reductions, dense and 8-bit tensor cores, float16 sums, and
 `__shared__` arrays but mbarriers. Not seen: a race of plain loads and stores that one order of
-threads happens to hide; a store of the value that is there already; whether wgmma.fence comes after
-the registers were last written; reads of shared memory that TMA overwrites too early and that come
-before the overwriting load is issued.
+warps happens to hide (the first goes first, in every other block the last); a store of the value
+that is there already; registers written between wgmma.fence and wgmma; plain stores that only
+cp.async.mbarrier.arrive would order; and instructions that the source's architecture lacks.
 """
 
 import ctypes
