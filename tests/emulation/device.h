@@ -1,8 +1,6 @@
 // What a generated kernel's text names: CUDA's types and variables, and TileLang's functions. They
 // hand over to the emulated hardware, whose rules are in runtime.cpp and the headers it includes.
 #pragma once
-#include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -28,26 +26,8 @@ extern dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulated {
 
-inline float half_to_float(uint16_t bits) {
-  const float magnitude = (bits & 0x7C00) == 0 ? std::ldexp(float(bits & 0x3FF), -24)
-                          : (bits & 0x7C00) != 0x7C00
-                              ? std::ldexp(float((bits & 0x3FF) | 0x400), ((bits >> 10) & 31) - 25)
-                          : bits & 0x3FF ? NAN
-                                         : INFINITY;
-  return bits & 0x8000 ? -magnitude : magnitude;
-}
-
-// Round to the nearest, ties to even.
-inline uint16_t float_to_half(float value) {
-  const uint16_t sign = std::signbit(value) ? 0x8000 : 0;
-  if (std::isnan(value)) return 0x7FFF;
-  const float magnitude = std::fabs(value);
-  if (magnitude >= 65520.0f) return sign | 0x7C00;
-  if (magnitude < std::ldexp(1.0f, -14)) return sign | uint16_t(std::nearbyint(std::ldexp(magnitude, 24)));
-  int exponent;
-  const float fraction = std::frexp(magnitude, &exponent);  // in [0.5, 1)
-  return sign | uint16_t(((exponent + 13) << 10) + int(std::nearbyint(std::ldexp(fraction, 11))));
-}
+float half_to_float(uint16_t bits);
+uint16_t float_to_half(float value);
 
 inline float bfloat16_to_float(uint16_t bits) {
   const uint32_t word = uint32_t(bits) << 16;
@@ -57,7 +37,7 @@ inline float bfloat16_to_float(uint16_t bits) {
 }
 
 inline uint16_t float_to_bfloat16(float value) {
-  if (std::isnan(value)) return 0x7FFF;
+  if (value != value) return 0x7FFF;
   uint32_t word;
   std::memcpy(&word, &value, 4);
   return uint16_t((word + 0x7FFF + ((word >> 16) & 1)) >> 16);
@@ -87,11 +67,11 @@ struct __nv_bfloat162 {
   bfloat16_t x, y;
 };
 
-#define VECTOR(type, scalar)                                                            \
-  struct type##1 { scalar x; };                                                         \
-  struct alignas(2 * sizeof(scalar)) type##2 { scalar x, y; };                          \
-  struct alignas(4 * sizeof(scalar)) type##4 { scalar x, y, z, w; };                    \
-  inline type##2 make_##type##2(scalar x, scalar y) { return {x, y}; }                  \
+#define VECTOR(type, scalar)                                           \
+  struct type##1 { scalar x; };                                        \
+  struct alignas(2 * sizeof(scalar)) type##2 { scalar x, y; };         \
+  struct alignas(4 * sizeof(scalar)) type##4 { scalar x, y, z, w; };   \
+  inline type##2 make_##type##2(scalar x, scalar y) { return {x, y}; } \
   inline type##4 make_##type##4(scalar x, scalar y, scalar z, scalar w) { return {x, y, z, w}; }
 VECTOR(float, float)
 VECTOR(int, int)
@@ -107,12 +87,13 @@ inline __nv_bfloat162 __float22bfloat162_rn(float2 pair) {
 inline float2 __half22float2(half2 pair) { return {pair.x, pair.y}; }
 inline float2 __bfloat1622float2(__nv_bfloat162 pair) { return {pair.x, pair.y}; }
 
-template <class A, class B> std::common_type_t<A, B> min(A a, B b) {
-  return std::min<std::common_type_t<A, B>>(a, b);
+template <class T> unsigned __pack_half2(T low, T high) {
+  static_assert(sizeof(T) == 2);
+  return low.bits | unsigned(high.bits) << 16;
 }
-template <class A, class B> std::common_type_t<A, B> max(A a, B b) {
-  return std::max<std::common_type_t<A, B>>(a, b);
-}
+
+template <class A, class B> std::common_type_t<A, B> min(A a, B b) { return a < b ? a : b; }
+template <class A, class B> std::common_type_t<A, B> max(A a, B b) { return a > b ? a : b; }
 
 // How a TMA instruction goes through a tensor in global memory. Dimensions: the innermost is first.
 struct CUtensorMap {
@@ -149,6 +130,7 @@ void commit_stores();
 void wait_stores(int groups);
 
 void ldmatrix(const void *row, void *registers, int count, bool transpose);
+void stmatrix(const void *row, const uint32_t *registers, int count, bool transpose);
 
 enum class Element { bfloat16, float16 };
 
@@ -203,10 +185,10 @@ struct Barrier {
 
 namespace SM80::MMA {
 enum class SparseSel { Zero, One };
-}
+}  // namespace SM80::MMA
 namespace cute::SM90::GMMA {
 enum class SparseSel { Zero, One };
-}
+}  // namespace cute::SM90::GMMA
 
 namespace tl {
 
@@ -227,8 +209,10 @@ template <int size> void cp_async_gs_conditional(const void *to, const void *fro
 inline void cp_async_commit() { emulated::commit_copies(); }
 template <int groups> void cp_async_wait() {
   // TileLang writes the wait for no group as cp.async.wait_all, which needs no commit.
-  if constexpr (groups == 0) emulated::wait_all_copies();
-  else emulated::wait_copies(groups);
+  if constexpr (groups == 0)
+    emulated::wait_all_copies();
+  else
+    emulated::wait_copies(groups);
 }
 
 inline void __sync_thread_partial(int barrier, int count) { emulated::synchronize(barrier, count); }
@@ -260,16 +244,49 @@ inline void prefetch_tma_descriptor(const CUtensorMap &) {}
 // One thread of each `extent` threads: the first. 0: one thread of the block.
 template <int extent> bool tl_shuffle_elect() {
   const int thread = emulated::thread_index();
-  if constexpr (extent == 0) return thread == 0;
-  else return thread % 32 == 0 && thread / 32 % ((extent + 31) / 32) == 0;
+  if constexpr (extent == 0)
+    return thread == 0;
+  else
+    return thread % 32 == 0 && thread / 32 % ((extent + 31) / 32) == 0;
 }
 
 inline void ptx_ldmatrix_x1(const void *row, void *to) { emulated::ldmatrix(row, to, 1, false); }
 inline void ptx_ldmatrix_x2(const void *row, void *to) { emulated::ldmatrix(row, to, 2, false); }
 inline void ptx_ldmatrix_x4(const void *row, void *to) { emulated::ldmatrix(row, to, 4, false); }
-inline void ptx_ldmatrix_x1_trans(const void *row, void *to) { emulated::ldmatrix(row, to, 1, true); }
-inline void ptx_ldmatrix_x2_trans(const void *row, void *to) { emulated::ldmatrix(row, to, 2, true); }
-inline void ptx_ldmatrix_x4_trans(const void *row, void *to) { emulated::ldmatrix(row, to, 4, true); }
+inline void ptx_ldmatrix_x1_trans(const void *row, void *to) {
+  emulated::ldmatrix(row, to, 1, true);
+}
+inline void ptx_ldmatrix_x2_trans(const void *row, void *to) {
+  emulated::ldmatrix(row, to, 2, true);
+}
+inline void ptx_ldmatrix_x4_trans(const void *row, void *to) {
+  emulated::ldmatrix(row, to, 4, true);
+}
+
+template <int count, bool transpose, class... Registers>
+void stmatrix(const void *row, Registers... values) {
+  static_assert(sizeof...(values) == count);
+  const uint32_t registers[] = {uint32_t(values)...};
+  emulated::stmatrix(row, registers, count, transpose);
+}
+template <class... R> void ptx_stmatrix_m8n8_x1(const void *row, R... v) {
+  stmatrix<1, false>(row, v...);
+}
+template <class... R> void ptx_stmatrix_m8n8_x2(const void *row, R... v) {
+  stmatrix<2, false>(row, v...);
+}
+template <class... R> void ptx_stmatrix_m8n8_x4(const void *row, R... v) {
+  stmatrix<4, false>(row, v...);
+}
+template <class... R> void ptx_stmatrix_m8n8_x1_trans(const void *row, R... v) {
+  stmatrix<1, true>(row, v...);
+}
+template <class... R> void ptx_stmatrix_m8n8_x2_trans(const void *row, R... v) {
+  stmatrix<2, true>(row, v...);
+}
+template <class... R> void ptx_stmatrix_m8n8_x4_trans(const void *row, R... v) {
+  stmatrix<4, true>(row, v...);
+}
 
 template <DataType A, DataType B, DataType C, int m, int n, int k, bool transpose_a,
           bool transpose_b, SM80::MMA::SparseSel selector = SM80::MMA::SparseSel::Zero>

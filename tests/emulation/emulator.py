@@ -24,9 +24,9 @@ on a collective; and a deadlock, with what each thread waits for.
 
 Not emulated: clusters, multicast, TMA reductions, dense and 8-bit tensor cores, float16 sums, and
 `__shared__` arrays but mbarriers. Not seen: a race of plain loads and stores that one order of
-threads happens to hide; a store of the value that is there already; whether wgmma.fence comes after
-the registers were last written; reads of shared memory that TMA overwrites too early and that come
-before the overwriting load is issued.
+warps happens to hide (the first goes first, in every other block the last); a store of the value
+that is there already; registers written between wgmma.fence and wgmma; plain stores that only
+cp.async.mbarrier.arrive would order; and instructions that the source's architecture lacks.
 """
 
 import ctypes
@@ -36,8 +36,6 @@ import re
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 _HERE = Path(__file__).parent
 _COMPILE = ["g++", "-O2", "-std=c++20", "-fPIC", "-fno-strict-aliasing", "-U_FORTIFY_SOURCE", "-w"]
@@ -113,63 +111,56 @@ def emulate(source, cache_dir):
         cache_dir: A folder for what is compiled; the same source is compiled once.
 
     Returns:
-        A function of (grid, threads, shared_bytes, maps=(), **arguments): up to three numbers of
+        A function of (grid, threads, shared_bytes, maps=None, **arguments): up to three numbers of
         blocks, threads of a block, bytes of dynamic shared memory, TensorMaps by the name of their
         parameter, and the kernel's other arguments by name: contiguous CPU tensors, those that
-        only a map refers to included, and ints. It raises EmulationError.
+        only a map refers to included, and ints. It writes to the tensors in place, and raises
+        EmulationError, with no tensor changed, where the kernel is wrong.
     """
-    name, parameters = _signature(source)
-    calls, numbers = [], {"tensors": [], "maps": [], "scalars": []}
-    for type_, parameter in parameters:
+    kernel, parameters = _signature(source)
+    pointers, maps_, scalars, calls = [], [], [], []
+    for type_, name in parameters:
         if "CUtensorMap" in type_:
-            kind, call = "maps", "arguments.maps[{}]"
+            calls.append(f"arguments.maps[{len(maps_)}]")
+            maps_.append(name)
         elif "*" in type_:
-            kind, call = "tensors", f"({type_})arguments.tensors[{{}}]"
+            calls.append(f"({type_})arguments.tensors[{len(pointers)}]")
+            pointers.append(name)
         else:
-            kind, call = "scalars", f"({type_})arguments.scalars[{{}}]"
-        calls.append(call.format(len(numbers[kind])))
-        numbers[kind].append(parameter)
+            calls.append(f"({type_})arguments.scalars[{len(scalars)}]")
+            scalars.append(name)
     written = {name for type_, name in parameters if "*" in type_ and "const" not in type_}
-    library = _compile(_translate(source, name, ", ".join(calls)), Path(cache_dir))
+    stored = [name for name in maps_ if re.search(rf"tma_store(<[^>]*>)?\({name}\b", source)]
+    library = _compile(_translate(source, f"{kernel}({', '.join(calls)})"), Path(cache_dir))
     library.emulate.restype = ctypes.c_char_p
     # A plain store is of interest where something reads shared memory behind the threads' backs.
     stores_matter = "wgmma" in source or "tma_store" in source
 
     def run(grid, threads, shared_bytes, maps=None, **arguments):
-        maps = maps or {}
         if threads % 32 or ("wgmma" in source and threads % 128):
             raise ValueError(f"threads must be whole warps, or warpgroups for wgmma: got {threads}")
-        # The kernel's own pointers first: the source numbers those.
-        tensors = numbers["tensors"] + [
-            name for name in arguments if name not in sum(numbers.values(), [])
-        ]
-        for name in tensors:
-            if not (arguments[name].is_contiguous() and arguments[name].device.type == "cpu"):
+        # The source numbers the kernel's pointers; others follow, which only a map refers to.
+        names = pointers + [name for name in arguments if name not in pointers + scalars]
+        writable = written | {maps[name].tensor for name in stored}
+        tensors = (_Tensor * len(names))()
+        for name, tensor in zip(names, tensors, strict=True):
+            value = arguments[name]
+            if not (value.is_contiguous() and value.device.type == "cpu"):
                 raise ValueError(f"{name} must be a contiguous CPU tensor")
-        # A map may store to its tensor.
-        stored = {
-            maps[name].tensor
-            for name in numbers["maps"]
-            if re.search(rf"tma_store(<[^>]*>)?\({name}\b", source)
-        }
-        launch = _Launch(
-            (_Tensor * len(tensors))(
-                *(
-                    _Tensor(t.data_ptr(), t.nbytes, name in written | stored)
-                    for name in tensors
-                    for t in [arguments[name]]
-                )
-            ),
-            (_Map * len(maps))(*(_map(maps[name], tensors) for name in numbers["maps"])),
-            (ctypes.c_int64 * len(numbers["scalars"]))(*map(arguments.get, numbers["scalars"])),
-            len(tensors),
-            len(maps),
+            tensor.data, tensor.bytes = value.data_ptr(), value.nbytes
+            tensor.written = name in writable
+        call = _Launch(
+            tensors,
+            (_Map * len(maps_))(*(_map(maps[name], names) for name in maps_)),
+            (ctypes.c_int64 * len(scalars))(*(arguments[name] for name in scalars)),
+            len(names),
+            len(maps_),
             (ctypes.c_int * 3)(*grid, *[1] * (3 - len(grid))),
             threads,
             shared_bytes,
             stores_matter,
         )
-        error = library.emulate(ctypes.byref(launch))
+        error = library.emulate(ctypes.byref(call))
         if error:
             raise EmulationError(error.decode())
 
@@ -228,14 +219,13 @@ def _map(map_, tensors):
 
 def _signature(source):
     """Return the kernel's name and its parameters' types and names."""
-    match = re.search(
-        r'extern "C" __global__ void (?:__launch_bounds__\([^)]*\) )?(\w+)\((.*?)\)', source
-    )
+    bounds = r"(?:__launch_bounds__\([^)]*\) )?"
+    match = re.search(rf'extern "C" __global__ void {bounds}(\w+)\((.*?)\)', source)
     parameters = [p.replace("__restrict__", "").rsplit(None, 1) for p in match[2].split(",")]
     return match[1], [(type_.strip(), name) for type_, name in parameters]
 
 
-def _translate(source, name, call):
+def _translate(source, call):
     lines = [line for line in source.splitlines() if not line.startswith("#") or "pragma" in line]
     text = re.sub(
         r"extern __shared__ [^;]*?(\w+)\[\];", r"uchar* \1 = emulated::shared;", "\n".join(lines)
@@ -244,7 +234,7 @@ def _translate(source, name, call):
 namespace emulated {{ extern uchar *shared; }}
 {text}
 extern "C" const char *emulate(const emulated::Launch *launch) {{
-  return emulated::run(*launch, [](const emulated::Arguments &arguments) {{ {name}({call}); }});
+  return emulated::run(*launch, [](const emulated::Arguments &arguments) {{ {call}; }});
 }}
 """
 

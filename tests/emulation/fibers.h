@@ -1,5 +1,6 @@
 // The threads of a block as fibers, and what each knows of the others' writes.
 #pragma once
+#include <algorithm>
 #include <functional>
 #include <map>
 #include <stdexcept>
@@ -76,11 +77,13 @@ inline void resume(Thread &thread) {
   if (!failure.empty()) throw std::runtime_error(failure);
 }
 
-// Let each warp in turn go as far as it can, so that one is as far ahead of the next as it may be.
-inline bool run_ready() {
+// Let each warp in turn go as far as it can, so that one is as far ahead of the next as it may be:
+// the first, or in every other block the last.
+inline bool run_ready(bool last_first) {
   bool moved = false;
-  for (size_t warp = 0; warp < threads.size(); warp += 32)
+  for (size_t turn = 0; turn < threads.size(); turn += 32)
     for (bool again = true; again;) {
+      const size_t warp = last_first ? threads.size() - 32 - turn : turn;
       again = false;
       for (size_t i = warp; i < warp + 32; i++)
         if (!threads[i].finished && (!threads[i].ready || threads[i].ready())) {
@@ -110,7 +113,8 @@ inline NamedBarrier &arrive_at(int id, int count) {
   if (id < 0 || id > 15) fail("there is no barrier " + std::to_string(id));
   if (count % 32) fail("a barrier's threads are not whole warps");
   NamedBarrier &barrier = named_barriers.try_emplace(id).first->second;
-  if (barrier.arrived && barrier.count != count) fail("a barrier is used with two counts of threads");
+  if (barrier.arrived && barrier.count != count)
+    fail("a barrier is used with two counts of threads");
   if (!barrier.arrived) barrier.order = Order(self->order.seen.size());
   barrier.count = count;
   barrier.arrived++;

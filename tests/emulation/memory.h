@@ -1,8 +1,8 @@
 // Shared memory, what is copied to and from it while threads go on, and the barriers that tell.
 //
-// A copy destroys what it will overwrite when it is issued, and lands when a wait makes it: both are
-// as far off as the hardware's rules allow, so that whoever reads too early or overwrites too early
-// gets NaN.
+// A copy destroys what it will overwrite when it is issued, and lands when a wait makes it: both
+// are as far off as the hardware's rules allow, so that whoever reads too early or overwrites too
+// early gets NaN.
 #pragma once
 #include "fibers.h"
 
@@ -26,13 +26,16 @@ unsigned shared_address(const void *pointer) {
   return unsigned(static_cast<const uchar *>(pointer) - shared) + shared_base;
 }
 
-inline std::string at(size_t offset) { return " at byte " + std::to_string(offset) + " of shared memory"; }
+inline std::string at(size_t offset) {
+  return " at byte " + std::to_string(offset) + " of shared memory";
+}
 
 inline size_t shared_offset(const void *pointer, size_t size, size_t alignment, const char *what) {
   const size_t offset = static_cast<const uchar *>(pointer) - shared;
   if (offset > shared_bytes || size > shared_bytes - offset)
     fail(std::string(what) + " outside of shared memory");
-  if (offset % alignment) fail(std::string(what) + " not aligned to " + std::to_string(alignment) + at(offset));
+  if (offset % alignment)
+    fail(std::string(what) + " not aligned to " + std::to_string(alignment) + at(offset));
   return offset;
 }
 
@@ -69,7 +72,8 @@ void fence_async_proxy() {
   self->order.seen[self->index]++;
 }
 
-inline void check_visible_to_async_proxy(size_t offset, size_t size, const Clock &fenced, const char *what) {
+inline void check_visible_to_async_proxy(size_t offset, size_t size, const Clock &fenced,
+                                         const char *what) {
   for (size_t i = offset / 2; i < (offset + size) / 2; i++)
     if (writes[i].agent != by_async_proxy && fenced[writes[i].agent] < writes[i].time)
       fail(std::string(what) + " reads what " +
@@ -114,7 +118,8 @@ void copy_async(void *to, const void *from, int size, bool read) {
   const size_t offset = shared_offset(to, size, size, "cp.async writes");
   if (read) {
     check_global(from, size, "cp.async reads");
-    if (reinterpret_cast<uintptr_t>(from) % size) fail("cp.async reads global memory not aligned to its size");
+    if (reinterpret_cast<uintptr_t>(from) % size)
+      fail("cp.async reads global memory not aligned to its size");
   }
   destroy_shared(offset, size);
   copies_of[self->index].issued.push_back({offset, read ? from : nullptr, size});
@@ -203,12 +208,14 @@ inline void count_arrival(TransactionBarrier &barrier) {
 }
 
 inline std::string name(const TransactionBarrier &barrier) {
-  return "mbarrier " + std::to_string(barrier.number) + " in phase " + std::to_string(barrier.phase);
+  return "mbarrier " + std::to_string(barrier.number) + " in phase " +
+         std::to_string(barrier.phase);
 }
 
 inline void check_not_overrun(const TransactionBarrier &barrier) {
   if (long(barrier.arrivals.size()) >= barrier.pending)
-    fail("an arrival at " + name(barrier) + ", all of whose arrivals are under way, and nobody waited for it");
+    fail("an arrival at " + name(barrier) +
+         ", all of whose arrivals are under way, and nobody waited for it");
 }
 
 void barrier_arrive(const void *address) {
@@ -218,7 +225,9 @@ void barrier_arrive(const void *address) {
   count_arrival(barrier);
 }
 
-void barrier_expect(const void *address, unsigned bytes) { initialized(address).transactions += bytes; }
+void barrier_expect(const void *address, unsigned bytes) {
+  initialized(address).transactions += bytes;
+}
 
 // cp.async.mbarrier.arrive.noinc
 void barrier_arrive_after_copies(const void *address) {
@@ -265,7 +274,8 @@ void wait_copies(int pending) {
 void wait_all_copies() { wait_landed(copies_of[self->index].issued.size()); }
 
 inline void check_tensor_copy(const CUtensorMap &map, int rank, const char *what) {
-  if (rank != map.rank) fail(std::string(what) + ": the coordinates and the tensor map differ in rank");
+  if (rank != map.rank)
+    fail(std::string(what) + ": the coordinates and the tensor map differ in rank");
 }
 
 // Call with each element's place in shared memory and in the tensor: null outside of it.
@@ -289,8 +299,9 @@ template <class Element> void for_each_element(const TensorCopy &copy, Element e
       // Bits 4 to 6 of the address, as many as the swizzle has, take up those of the row.
       unsigned address = unsigned(copy.shared + r * row_bytes + byte) + shared_base;
       if (map.swizzle) address ^= (address >> 3) & unsigned(map.swizzle - 16);
-      element(address - shared_base,
-              inside && column >= 0 && column < map.size[0] ? base + column * map.element : nullptr);
+      element(address - shared_base, inside && column >= 0 && column < map.size[0]
+                                         ? base + column * map.element
+                                         : nullptr);
     }
   }
 }
@@ -324,7 +335,8 @@ void tensor_load(const CUtensorMap &map, const void *barrier, void *to, const in
 void bulk_load(void *to, const void *from, const void *barrier, unsigned bytes) {
   const size_t offset = shared_offset(to, bytes, 16, "a bulk copy writes");
   check_global(from, bytes, "a bulk copy reads");
-  if (bytes % 16 || reinterpret_cast<uintptr_t>(from) % 16) fail("a bulk copy not aligned to 16 bytes");
+  if (bytes % 16 || reinterpret_cast<uintptr_t>(from) % 16)
+    fail("a bulk copy not aligned to 16 bytes");
   note_stores();
   barrier_of_load(barrier).loads.push_back({{{}, offset, {}}, from, bytes});
   destroy_shared(offset, bytes);
@@ -395,10 +407,12 @@ void wait_stores(int pending) {
   note_stores();
   Stores &stores = stores_of[self->index];
   if (int(stores.groups.size()) <= pending) return;
-  for (const size_t until = stores.groups[stores.groups.size() - 1 - pending]; stores.done < until; stores.done++) {
+  for (const size_t until = stores.groups[stores.groups.size() - 1 - pending]; stores.done < until;
+       stores.done++) {
     const TensorCopy &copy = stores.issued[stores.done];
     for_each_element(copy, [&](size_t offset, char *to) {
-      check_visible_to_async_proxy(offset, copy.map.element, stores.fenced[stores.done], "a TMA store");
+      check_visible_to_async_proxy(offset, copy.map.element, stores.fenced[stores.done],
+                                   "a TMA store");
       if (to) std::memcpy(to, shared + offset, copy.map.element);
     });
   }
@@ -406,7 +420,8 @@ void wait_stores(int pending) {
 
 inline void check_stores_done() {
   const Stores &stores = stores_of[self->index];
-  if (stores.done < stores.issued.size()) fail("a thread ends before its TMA store has read shared memory");
+  if (stores.done < stores.issued.size())
+    fail("a thread ends before its TMA store has read shared memory");
 }
 
 }  // namespace emulated

@@ -11,7 +11,7 @@ dim3 threadIdx, blockIdx, blockDim, gridDim;
 namespace emulated {
 namespace {
 
-constexpr size_t stack_bytes = 128 * 1024;
+constexpr size_t stack_bytes = 64 * 1024;
 
 // Memory that ends where no access is allowed, as does what is before it.
 class Guarded {
@@ -32,7 +32,9 @@ class Guarded {
   Guarded(const Guarded &) = delete;
   ~Guarded() { munmap(mapping_, bytes_); }
 
-  void forbid_writes() { mprotect(mapping_ + sysconf(_SC_PAGESIZE), bytes_ - 2 * sysconf(_SC_PAGESIZE), PROT_READ); }
+  void forbid_writes() {
+    mprotect(mapping_ + sysconf(_SC_PAGESIZE), bytes_ - 2 * sysconf(_SC_PAGESIZE), PROT_READ);
+  }
 
  private:
   char *mapping_;
@@ -69,7 +71,8 @@ void report_deadlock() {
   for (const Thread &thread : threads)
     if (!thread.finished) waiting[thread.waits_for]++;
   std::string message = "no thread can go on";
-  for (const auto &[what, count] : waiting) message += "; " + std::to_string(count) + " wait for " + what;
+  for (const auto &[what, count] : waiting)
+    message += "; " + std::to_string(count) + " wait for " + what;
   for (const auto &[address, barrier] : barriers)
     message += "; " + name(barrier) + " lacks " +
                std::to_string(barrier.pending - long(barrier.arrivals.size())) + " arrivals and " +
@@ -78,6 +81,8 @@ void report_deadlock() {
 }
 
 void run_block(int count, char *stacks) {
+  // A thread's arrays are as undefined as shared memory is.
+  std::memset(stacks, 0xFF, count * stack_bytes);
   std::memset(shared, 0xFF, shared_bytes);
   without_stores.assign(shared, shared + shared_bytes);
   writes.assign(shared_bytes / 2 + 1, {});
@@ -101,18 +106,19 @@ void run_block(int count, char *stacks) {
     thread.context.uc_link = nullptr;
     makecontext(&thread.context, run_thread, 0);
   }
+  const bool last_first = (blockIdx.x + blockIdx.y + blockIdx.z) % 2;
   const auto finished = [](const Thread &thread) { return thread.finished; };
   while (!std::all_of(threads.begin(), threads.end(), finished))
-    if (!run_ready() && !complete_a_barrier() && !complete_wgmmas()) report_deadlock();
+    if (!run_ready(last_first) && !complete_a_barrier() && !complete_wgmmas()) report_deadlock();
 }
 
 }  // namespace
 
-const char *run(const Launch &launch, std::function<void(const Arguments &)> entry) {
+const char *run(const Launch &launch, void (*entry)(const Arguments &)) {
   static std::string message;
   std::vector<std::unique_ptr<Guarded>> memory;
   std::vector<CUtensorMap> maps(launch.maps, launch.maps + launch.map_count);
-  Arguments arguments{{}, maps.data(), launch.scalars};
+  std::vector<char *> begins;
   tensors.clear();
   for (int i = 0; i < launch.tensor_count; i++) {
     const TensorArgument &tensor = launch.tensors[i];
@@ -121,9 +127,9 @@ const char *run(const Launch &launch, std::function<void(const Arguments &)> ent
     std::memcpy(memory.back()->begin, tensor.data, tensor.bytes);
     if (!tensor.written) memory.back()->forbid_writes();
     tensors.push_back({memory.back()->begin, memory.back()->begin + tensor.bytes});
-    arguments.tensors.push_back(memory.back()->begin);
+    begins.push_back(memory.back()->begin);
   }
-  for (CUtensorMap &map : maps) map.base = arguments.tensors[reinterpret_cast<intptr_t>(map.base)];
+  for (CUtensorMap &map : maps) map.base = begins[reinterpret_cast<intptr_t>(map.base)];
 
   Guarded shared_memory((launch.shared_bytes + 1023) / 1024 * 1024);
   shared = reinterpret_cast<uchar *>(shared_memory.begin);
@@ -131,6 +137,7 @@ const char *run(const Launch &launch, std::function<void(const Arguments &)> ent
   stores_matter = launch.stores_matter;
   gridDim = {launch.grid[0], launch.grid[1], launch.grid[2]};
   blockDim = {launch.threads, 1, 1};
+  const Arguments arguments{begins.data(), maps.data(), launch.scalars};
   kernel = [&] { entry(arguments); };
 
   struct sigaction on_segv = {}, before;
@@ -143,7 +150,8 @@ const char *run(const Launch &launch, std::function<void(const Arguments &)> ent
   try {
     for (blockIdx.z = 0; blockIdx.z < gridDim.z; blockIdx.z++)
       for (blockIdx.y = 0; blockIdx.y < gridDim.y; blockIdx.y++)
-        for (blockIdx.x = 0; blockIdx.x < gridDim.x; blockIdx.x++) run_block(launch.threads, stacks.get());
+        for (blockIdx.x = 0; blockIdx.x < gridDim.x; blockIdx.x++)
+          run_block(launch.threads, stacks.get());
     for (int i = 0; i < launch.tensor_count; i++)
       if (launch.tensors[i].written)
         std::memcpy(launch.tensors[i].data, tensors[i].begin, launch.tensors[i].bytes);

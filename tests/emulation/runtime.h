@@ -1,8 +1,5 @@
 // How the emulator is called.
 #pragma once
-#include <functional>
-#include <vector>
-
 #include "device.h"
 
 namespace emulated {
@@ -21,12 +18,12 @@ struct Launch {
 };
 
 struct Arguments {
-  std::vector<char *> tensors;
+  char *const *tensors;
   const CUtensorMap *maps;
   const int64_t *scalars;
 };
 
 // Run the kernel that `entry` calls. Return null, or what went wrong.
-const char *run(const Launch &launch, std::function<void(const Arguments &)> entry);
+const char *run(const Launch &launch, void (*entry)(const Arguments &));
 
 }  // namespace emulated

@@ -3,35 +3,76 @@
 #pragma once
 #include <array>
 #include <bit>
+#include <cmath>
 #include <memory>
 
 #include "memory.h"
 
 namespace emulated {
 
+float half_to_float(uint16_t bits) {
+  const float magnitude = (bits & 0x7C00) == 0 ? std::ldexp(float(bits & 0x3FF), -24)
+                          : (bits & 0x7C00) != 0x7C00
+                              ? std::ldexp(float((bits & 0x3FF) | 0x400), ((bits >> 10) & 31) - 25)
+                          : bits & 0x3FF ? NAN
+                                         : INFINITY;
+  return bits & 0x8000 ? -magnitude : magnitude;
+}
+
+// Round to the nearest, ties to even.
+uint16_t float_to_half(float value) {
+  const uint16_t sign = std::signbit(value) ? 0x8000 : 0;
+  if (std::isnan(value)) return 0x7FFF;
+  const float magnitude = std::fabs(value);
+  if (magnitude >= 65520.0f) return sign | 0x7C00;
+  if (magnitude < std::ldexp(1.0f, -14))
+    return sign | uint16_t(std::nearbyint(std::ldexp(magnitude, 24)));
+  int exponent;
+  const float fraction = std::frexp(magnitude, &exponent);  // in [0.5, 1)
+  return sign | uint16_t(((exponent + 13) << 10) + int(std::nearbyint(std::ldexp(fraction, 11))));
+}
+
 inline float to_float(Element element, uint16_t bits) {
   return element == Element::bfloat16 ? bfloat16_to_float(bits) : half_to_float(bits);
 }
 
+// What a lane brings to ldmatrix or stmatrix: one row of a matrix, and its part of every matrix.
 struct Rows {
   const void *row;
   uint16_t *registers;
 };
 
+// Call with two-byte elements of shared memory and of a lane's registers that belong together.
+template <class Move>
+void for_each_pair(const void *const *lanes, int count, bool transpose, const char *what,
+                   Move move) {
+  const auto rows = [&](int lane) { return static_cast<const Rows *>(lanes[lane]); };
+  for (int i = 0; i < 8 * count; i++) shared_offset(rows(i)->row, 16, 16, what);
+  for (int lane = 0; lane < 32; lane++)
+    for (int i = 0; i < 2 * count; i++) {
+      int row = lane / 4, column = lane % 4 * 2 + i % 2;
+      if (transpose) std::swap(row, column);
+      const void *from = rows(i / 2 * 8 + row)->row;
+      move(static_cast<uint16_t *>(const_cast<void *>(from))[column], rows(lane)->registers[i]);
+    }
+}
+
 void ldmatrix(const void *row, void *registers, int count, bool transpose) {
   const Rows mine{row, static_cast<uint16_t *>(registers)};
   together("ldmatrix", &mine, [&](const void *const *lanes) {
-    for (int i = 0; i < 8 * count; i++)
-      shared_offset(static_cast<const Rows *>(lanes[i])->row, 16, 16, "ldmatrix reads");
-    for (int lane = 0; lane < 32; lane++)
-      for (int matrix = 0; matrix < count; matrix++)
-        for (int half = 0; half < 2; half++) {
-          int r = lane / 4, c = lane % 4 * 2 + half;
-          if (transpose) std::swap(r, c);
-          const void *from = static_cast<const Rows *>(lanes[8 * matrix + r])->row;
-          static_cast<const Rows *>(lanes[lane])->registers[2 * matrix + half] =
-              static_cast<const uint16_t *>(from)[c];
-        }
+    for_each_pair(lanes, count, transpose, "ldmatrix reads",
+                  [](uint16_t &memory, uint16_t &lane) { lane = memory; });
+  });
+}
+
+void stmatrix(const void *row, const uint32_t *registers, int count, bool transpose) {
+  uint16_t copy[8];
+  std::memcpy(copy, registers, 4 * count);
+  const Rows mine{row, copy};
+  together("stmatrix", &mine, [&](const void *const *lanes) {
+    for_each_pair(lanes, count, transpose, "stmatrix writes",
+                  [](uint16_t &memory, uint16_t &lane) { memory = lane; });
+    note_stores();
   });
 }
 
@@ -41,8 +82,8 @@ struct Places {
 };
 
 // Of the four lanes that share a row, selector 0 takes the first two's metadata and selector 1 the
-// last two's. The first of a pair has columns 0 to 15 and the second 16 to 31; the lower half of its
-// register is for row lane / 4 and the upper half for the row 8 below.
+// last two's. The first of a pair has columns 0 to 15 and the second 16 to 31; the lower half of
+// its register is for row lane / 4 and the upper half for the row 8 below.
 template <class Metadata> Places places(int row, int selector, Metadata metadata) {
   Places places;
   for (int group = 0; group < 8; group++) {
@@ -84,7 +125,8 @@ void mma_sp(const MmaSp &mine) {
   });
 }
 
-// A matrix in shared memory as a wgmma descriptor tells it: 16-byte units, bit by bit as PTX has it.
+// A matrix in shared memory as a wgmma descriptor tells it: 16-byte units, bit by bit as PTX has
+// it.
 struct Matrix {
   unsigned start, leading, stride, swizzle;  // bytes; the swizzle's row, or 0
   bool k_major;
@@ -94,12 +136,14 @@ struct Matrix {
         leading((descriptor >> 16 & 0x3FFF) << 4),
         stride((descriptor >> 32 & 0x3FFF) << 4),
         k_major(k_major) {
-    if (descriptor & 0xC000C000C000) fail("a wgmma descriptor's address or offset overflows its 14 bits");
+    if (descriptor & 0xC000C000C000)
+      fail("a wgmma descriptor's address or offset overflows its 14 bits");
     if (descriptor >> 49 & 7) fail("a wgmma descriptor with a base offset, which is not emulated");
     swizzle = std::array{0u, 128u, 64u, 32u}[descriptor >> 62];
   }
 
-  // Of the bytes of one element, along M or N and along K. Eight rows of `width` bytes are one atom.
+  // Of the bytes of one element, along M or N and along K. Eight rows of `width` bytes are one
+  // atom.
   size_t offset(int mn, int k) const {
     const unsigned width = swizzle ? swizzle : 16, elements = width / 2;
     unsigned address = start;
@@ -109,11 +153,13 @@ struct Matrix {
       address += k / elements * leading;
     } else {
       address += mn % elements * 2 + k % 8 * width;
-      address += mn / elements * (swizzle ? leading : stride) + k / 8 * (swizzle ? stride : leading);
+      address +=
+          mn / elements * (swizzle ? leading : stride) + k / 8 * (swizzle ? stride : leading);
     }
     if (swizzle) address ^= (address >> 3) & (swizzle - 16);
     const size_t offset = address - shared_base;
-    if (address < shared_base || offset + 2 > shared_bytes) fail("wgmma reads outside of shared memory");
+    if (address < shared_base || offset + 2 > shared_bytes)
+      fail("wgmma reads outside of shared memory");
     return offset;
   }
 };
@@ -148,7 +194,8 @@ void wgmma_sp(const Wgmma &wgmma) {
     mine.issued.push_back({wgmma, mine.issued.back().fenced});
   const size_t count = wgmma.n / 2;
   for (const auto &[d, values] : mine.accumulators)
-    if (d < wgmma.d + count && wgmma.d < d + values.size() && (d != wgmma.d || values.size() != count))
+    if (d < wgmma.d + count && wgmma.d < d + values.size() &&
+        (d != wgmma.d || values.size() != count))
       fail("accumulators of two wgmmas under way overlap");
   if (mine.accumulators.try_emplace(wgmma.d, wgmma.d, wgmma.d + count).second)
     std::fill_n(wgmma.d, count, in_flight);
@@ -208,7 +255,8 @@ inline void compute_wgmma(int group, size_t index) {
   std::vector<float> sums(all.n);
   for (int row = 0; row < 64; row++) {
     const int warp = row / 16, in_warp = row % 16;
-    const Places k = places(in_warp, all.selector, [&](int lane) { return thread(32 * warp + lane).wgmma.metadata; });
+    const Places k = places(in_warp, all.selector,
+                            [&](int lane) { return thread(32 * warp + lane).wgmma.metadata; });
     std::fill(sums.begin(), sums.end(), 0.0f);
     for (int i = 0; i < 16; i++) {
       float a;
@@ -226,7 +274,8 @@ inline void compute_wgmma(int group, size_t index) {
     for (int n = 0; n < all.n; n++) {
       const int lane = in_warp % 8 * 4 + n % 8 / 2;
       float *key = thread(32 * warp + lane).wgmma.d;
-      float &d = wgmmas_of[128 * group + 32 * warp + lane].accumulators.at(key)[n / 8 * 4 + in_warp / 8 * 2 + n % 2];
+      float &d = wgmmas_of[128 * group + 32 * warp + lane].accumulators.at(
+          key)[n / 8 * 4 + in_warp / 8 * 2 + n % 2];
       d = all.accumulate ? d + sums[n] : sums[n];
     }
   }
@@ -236,7 +285,8 @@ inline void compute_wgmma(int group, size_t index) {
 inline bool complete_wgmmas() {
   for (size_t group = 0; group < wgmmas_done.size(); group++) {
     size_t until = SIZE_MAX;
-    for (size_t i = 128 * group; i < 128 * (group + 1); i++) until = std::min(until, wgmmas_of[i].waits_for);
+    for (size_t i = 128 * group; i < 128 * (group + 1); i++)
+      until = std::min(until, wgmmas_of[i].waits_for);
     if (until <= wgmmas_done[group]) continue;
     for (size_t &done = wgmmas_done[group]; done < until; done++) compute_wgmma(group, done);
     for (size_t i = 128 * group; i < 128 * (group + 1); i++) {
