@@ -12,7 +12,7 @@ from ..config import SDGPConfig
 from ..kernels import op
 from ..kernels.sparse.choice import why_not_chosen
 from ..kernels.sparse.op import why_not_sparse
-from ..kernels.sparse.problem import Problem
+from ..kernels.sparse.problem import MOST_POSITION_DIMS, Problem
 from .layers import Layer, plain_sizes
 from .marks import DECISION
 from .profit import is_profitable, is_sparse_faster
@@ -169,10 +169,9 @@ def why_no_sparse_product(layer: Layer, config: SDGPConfig) -> str:
         return WHOLE_CHANNELS
     if config.product == "dense":
         return ASKED_FOR
-    geometry = layer.geometry
-    # The rows of a matrix are samples and positions alike, to all but this scope.
     scope = config.rescale if config.prune == "rescaled_magnitude" else ""
-    if geometry is None or (scope == "feature_map" and not geometry.stride):
+    too_many = scope == "feature_map" and layer.position_dims > MOST_POSITION_DIMS
+    if layer.geometry is None or too_many:
         return NO_GEOMETRY
     if config.product == "auto" and not is_sparse_faster(layer, config):
         return NOT_FASTER

@@ -28,6 +28,10 @@ class Geometry(NamedTuple):
     transposed: bool
     groups: int
 
+    def over_positions(self, dims: int) -> Geometry:
+        """Return the geometry of a linear layer over positions of so many dimensions."""
+        return self._replace(stride=[1] * dims, padding=[0] * dims, dilation=[1] * dims)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Layer(abc.ABC):
@@ -121,6 +125,11 @@ class Layer(abc.ABC):
     def channels(self) -> Any:
         """C_out, an int or symbolic."""
         return self.grad_output.meta["val"].shape[self.channel_dim]
+
+    @property
+    def position_dims(self) -> int:
+        """How many dimensions of positions `channels_second` has."""
+        return self.grad_output.meta["val"].dim() - 2
 
     @property
     def weight_shape(self) -> tuple[Any, ...]:

@@ -38,7 +38,7 @@ from ..kernels.sparse.op import PRUNED_INPUT_GRAD
 from .backward import backward_nodes, is_taken_inside, source_of
 from .graph import compute
 from .layers import Geometry, Layer, plain_sizes
-from .marks import VIEWS, is_pruned
+from .marks import VIEWS, is_pruned, source_of_layout
 
 aten = torch.ops.aten
 MM = aten.mm.default
@@ -81,6 +81,10 @@ class LinearLayer(Layer):
     @property
     def macs_per_grad_value(self) -> Any:
         return self.weight.meta["val"].shape[0 if self.transposed else -1]
+
+    @property
+    def position_dims(self) -> int:
+        return max(_returned(self.grad_output).meta["val"].dim(), 2) - 2
 
     @property
     def weight_shape(self) -> tuple[Any, ...]:
@@ -274,7 +278,9 @@ def _with_weight_grad(node: fx.Node, forward: fx.Node) -> LinearLayer | None:
     ):
         return None
     others.remove(base)
-    if any(user.target is PRUNED_INPUT_GRAD for user in others[0].users):
+    # Its input gradient is computed already, by another product.
+    read = [n.args[0] for n in node.graph.find_nodes(op="call_function", target=PRUNED_INPUT_GRAD)]
+    if source_of_layout(others[0]) in map(source_of_layout, cast(list[fx.Node], read)):
         return None
     return LinearLayer(
         node=node,

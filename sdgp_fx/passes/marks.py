@@ -39,6 +39,13 @@ def find_pruned(grad_output: fx.Node) -> fx.Node | None:
     return grad_output
 
 
+def source_of_layout(node: fx.Node) -> fx.Node:
+    """Return what node is another layout of: itself, if of nothing."""
+    while node.target in _LAYOUT:
+        node = cast(fx.Node, node.args[0])
+    return node
+
+
 def is_pruned(grad_output: fx.Node) -> bool:
     """Whether the pass has pruned this gradient."""
     return find_pruned(grad_output) is not None

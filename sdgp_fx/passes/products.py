@@ -8,9 +8,14 @@
 What the input gradient is says `prune_input_grads`; this is how it is computed. The operator
 prunes, packs and multiplies block by block, so that p never goes through memory. A layer whose
 product stays dense keeps its prune, which is fused with what produces gO.
+
+A linear layer is a product of matrices to the operator, too, unless it is rescaled over positions,
+with scope "feature_map". Then it is a convolution with a kernel of size 1.
 """
 
 from __future__ import annotations
+
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -45,33 +50,55 @@ def skip_zeros(graph: fx.Graph, config: SDGPConfig) -> None:
 
 def _skip_zeros(graph: fx.Graph, config: SDGPConfig) -> bool:
     """Rewrite one graph; return whether it has changed."""
-    sparse = {
-        node
-        for node in graph.find_nodes(op="call_function", target=PRUNE_NM)
-        if DECISION in node.meta and node.meta[DECISION].product == "sparse"
-    }
+    is_any = any(DECISION in n.meta and n.meta[DECISION].product == "sparse" for n in graph.nodes)
     found = [
-        layer
-        for layer in (find_layers(graph, config) if sparse else ())
-        if layer.grad_output in sparse and list(layer.grad_output.users) == [layer.node]
+        (layer, pruned)
+        for layer in (find_layers(graph, config) if is_any else ())
+        if (pruned := _find_prune(layer)) is not None
     ]
-    for layer in found:
-        _replace_product(layer, layer.grad_output)
+    for layer, pruned in found:
+        _replace_product(layer, pruned)
     return bool(found)
+
+
+def _find_prune(layer: Layer) -> fx.Node | None:
+    """Return what prunes a layer that gets the sparse product; None if more than that reads it."""
+    node, reader = layer.grad_output, layer.node
+    if DECISION not in node.meta or node.meta[DECISION].product != "sparse":
+        return None
+    while list(node.users) == [reader]:
+        if node.target is PRUNE_NM:
+            return node
+        node, reader = cast(fx.Node, node.args[0]), node
+    return None
 
 
 def _replace_product(layer: Layer, pruned: fx.Node) -> None:
     """Compute the input gradient from the dense gradient that pruned is made of."""
-    geometry, source = layer.geometry, layer.node
+    geometry, weight, source = layer.geometry, layer.weight, layer.node
     assert geometry is not None
-    grad_output, seed, n, m, prune, rescale, _ = pruned.args
-    sizes = sizes_of(geometry.input, source)
-    arguments = (grad_output, layer.weight, seed, n, m, prune, rescale, sizes, *geometry[1:])
-    product = compute(PRUNED_INPUT_GRAD, arguments, source)
-    product.meta[COMPUTES] = pruned.meta[DECISION]
+    grad_output, seed, n, m, prune, rescale, _ = cast(Any, pruned.args)
+    sizes = rows = sizes_of(geometry.input, source)
+    positions = grad_output.meta["val"].dim() - len(sizes)
+    if positions:
+        batch, _, *space = sizes_of(grad_output, source)
+        sizes = [batch, rows[1], *space]
+        kernel = [*sizes_of(weight, source), *[1] * positions]
+        weight = compute(aten.view.default, (weight, kernel), source)
+        geometry = geometry.over_positions(positions)
+    arguments = (grad_output, weight, seed, n, m, prune, rescale, sizes, *geometry[1:])
+    product = input_grad = compute(PRUNED_INPUT_GRAD, arguments, source)
+    product.meta[COMPUTES] = layer.grad_output.meta[DECISION]
     if FACTOR_IN_WEIGHT in pruned.meta:
         product.meta[FACTOR_IN_WEIGHT] = pruned.meta[FACTOR_IN_WEIGHT]
-    layer.replace_input_grad(_with_strides_of(layer.input_grad, product, source))
+    if positions:
+        last = [0, *range(2, 2 + positions), 1]
+        input_grad = compute(aten.permute.default, (product, last), source)
+        if not input_grad.meta["val"].is_contiguous():
+            contiguous = {"memory_format": torch.contiguous_format}
+            input_grad = compute(aten.clone.default, (input_grad,), source, **contiguous)
+        input_grad = compute(aten.view.default, (input_grad, rows), source)
+    layer.replace_input_grad(_with_strides_of(layer.input_grad, input_grad, source))
 
 
 def _with_strides_of(recorded: Tensor, product: fx.Node, source: fx.Node) -> fx.Node:

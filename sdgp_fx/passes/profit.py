@@ -80,6 +80,7 @@ class SparseCost(NamedTuple):
 
 
 # Fitted to times on AMD EPYC in float32 with two threads (AVX2), of python -m benchmarks.products.
+# Nothing is known of bfloat16 on a CPU with instructions for it, where both products are others.
 # What is saved has to be more than MARGIN of the product.
 SPARSE_COST = SparseCost(1.5, 1.3, 20, 6, 12, 130, 6, 3e6)
 MARGIN = 0.03

@@ -74,10 +74,11 @@ def test_gradients_are_those_of_the_dense_product(prune, inner, memory_format, r
         assert error < 1e-4, name
 
 
+@pytest.mark.parametrize("rescale", ["group", "feature_map"])
 @pytest.mark.parametrize("inner", INNER_COMPILERS)
-def test_dynamic_batch(inner, rewritten):
+def test_dynamic_batch(inner, rescale, rewritten):
     """The third batch is compiled for no more."""
-    settings = {"memory_format": torch.channels_last, "batches": (4, 5, 7)}
+    settings = {"memory_format": torch.channels_last, "batches": (4, 5, 7), "sdgp.rescale": rescale}
     dense = gradients("dense", "aot_eager", **settings)
     sparse = gradients("sparse", inner, **settings)
     assert count_products(rewritten) == [0, 0, 4, 4]

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from torch import fx
+from torch import fx, nn
 
 from sdgp_fx import SDGPConfig
+from sdgp_fx.config import RESCALE_SCOPES
 from sdgp_fx.kernels.op import PRUNE_NM
 from sdgp_fx.kernels.record import RECORD
 from sdgp_fx.kernels.sparse.op import PRUNED_INPUT_GRAD
@@ -85,8 +86,48 @@ def repr_of(node):
     return node.target, fx.map_arg(node.args, lambda operand: operand.name)
 
 
+@pytest.mark.parametrize("name", ["positions", "image", "functional", "frozen"])
+def test_a_linear_layer_over_positions_is_a_convolution(name):
+    """With the scope that is over them; what reads the result gets rows, as before."""
+    pruned, gm = GRAPHS[name](name), GRAPHS[name](name)
+    prune_input_grads(pruned.graph, SDGPConfig(**SPARSE, rescale="feature_map"))
+    (prune_nm,) = find(pruned, PRUNE_NM)
+    (decision,) = rewrite(gm, rescale="feature_map")
+    assert (decision.product, decision.product_reason) == ("sparse", "")
+    (product,) = find(gm, PRUNED_INPUT_GRAD)
+    grad_output, weight, _, *settings = product.args
+    assert repr_of(grad_output) == repr_of(prune_nm.args[0])
+    batch, *positions, channels = LINEARS[name][1]
+    ones, zeros = [1] * len(positions), [0] * len(positions)
+    assert weight.meta["val"].shape == (16, 8, *ones)
+    assert settings[4:] == [[batch, channels, *positions], ones, zeros, ones, False, 1]
+    assert find(gm, PRUNE_NM) == find(gm, torch.ops.aten.clone.default) == []
+
+
+class Summed(nn.Linear):
+    """Linear layer whose gradient is one value for all features, and so has no adjacent ones."""
+
+    def forward(self, x):
+        return super().forward(x).sum(-1)
+
+
+def test_rows_are_copied_where_the_operator_gives_none():
+    results = []
+    for product in ("dense", "sparse"):
+        torch.manual_seed(0)
+        gm = joint_graph(Summed(8, 16), torch.randn(3, 5, 8, requires_grad=True))
+        inputs = random_inputs(gm)
+        assert [d.product for d in rewrite(gm, product=product, rescale="feature_map")] == [product]
+        results.append(outputs(gm, inputs))
+    assert find(gm, torch.ops.aten.clone.default)
+    for dense, sparse in zip(*results, strict=True):
+        torch.testing.assert_close(sparse, dense, rtol=1e-5, atol=1e-5)
+
+
 @every_graph
-@pytest.mark.parametrize("settings", [{}, {"prune": "mvue"}, {"rescale": "channel"}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"prune": "mvue"}, {"rescale": "channel"}, {"rescale": "feature_map"}]
+)
 def test_same_numbers(name, settings):
     pruned, gm = GRAPHS[name](name), GRAPHS[name](name)
     inputs = random_inputs(gm)
@@ -99,7 +140,7 @@ def test_same_numbers(name, settings):
 
 
 @every_graph
-@pytest.mark.parametrize("rescale", ["group", "channel"])
+@pytest.mark.parametrize("rescale", RESCALE_SCOPES)
 def test_idempotent(name, rescale):
     gm = GRAPHS[name](name)
     decisions = rewrite(gm, rescale=rescale)
@@ -118,14 +159,14 @@ def test_idempotent_with_layers_that_stay_dense():
 
 
 @every_graph
-@pytest.mark.parametrize("memory_format", ["contiguous", "channels_last"])
-def test_recorded_values_match_the_real_ones(name, memory_format):
+@pytest.mark.parametrize("rescale", ["group", "feature_map"])
+def test_recorded_values_match_the_real_ones(name, rescale):
     gm = GRAPHS[name](name)
     inputs = random_inputs(gm)
-    rewrite(gm)
+    rewrite(gm, rescale=rescale)
     values = run(gm, inputs)
     (product,) = find(gm, PRUNED_INPUT_GRAD)
-    for node in (product, *product.users):
+    for node in list(gm.graph.nodes)[list(gm.graph.nodes).index(product) :]:
         if node.op != "output":
             assert_same_form(node.meta["val"], values[node.name])
 
@@ -171,9 +212,14 @@ def test_products_of_another_form_stay_dense(name):
     assert unchanged(linear_graph(name)) == why.NO_GEOMETRY
 
 
-def test_a_matrix_has_no_positions_to_rescale_over():
-    gm = linear_graph("positions")
-    assert unchanged(gm, rescale="feature_map") == why.NO_GEOMETRY
+def test_positions_of_too_many_dimensions_stay_dense():
+    """Of the scope over positions alone: to the others, they are rows."""
+
+    def graph():
+        return joint_graph(nn.Linear(8, 16), torch.randn(2, 1, 3, 2, 2, 8, requires_grad=True))
+
+    assert unchanged(graph(), rescale="feature_map") == why.NO_GEOMETRY
+    assert [decision.product for decision in rewrite(graph())] == ["sparse"]
 
 
 def test_a_dense_product_is_asked_for():

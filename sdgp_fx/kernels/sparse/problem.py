@@ -9,6 +9,8 @@ from torch import Tensor
 
 from ..op import check_arguments
 
+MOST_POSITION_DIMS = 3
+
 
 class Problem(NamedTuple):
     """Compute the input gradient of a convolution from its output gradient, pruned n:m.
@@ -65,7 +67,7 @@ def check(problem: Problem) -> None:
         problem.groups,
     )
     dims = grad_output.dim()
-    if dims > 5:
+    if dims > 2 + MOST_POSITION_DIMS:
         raise ValueError(
             f"grad_output: expected (N, C_out) and at most three dimensions more, got {dims - 2}"
         )

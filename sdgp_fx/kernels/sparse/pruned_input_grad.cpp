@@ -11,6 +11,9 @@
 //              One thread sums a value, in an order that depends on the layer's shape alone, so
 //              that the bits are the same for any number of threads.
 //
+// Where the machine multiplies bfloat16 by pairs, and two of four are kept, the two are one slot, of
+// the same size, and a slab has a row for each pair of a group's four channels, six in all.
+//
 // What the pruning keeps is multiplied, zeros among it; what it drops, and padding, is skipped.
 // Positions beyond the last, in the last tile, repeat the first of it, and are not read.
 
@@ -24,6 +27,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 namespace {
@@ -38,6 +42,13 @@ constexpr int LANES = 8, REGISTERS = 16;
 constexpr int LANES = 4, REGISTERS = 32;
 #else
 constexpr int LANES = 4, REGISTERS = 16;
+#endif
+
+// SDGP_EMULATE_PAIRS is for tests: what a machine with AVX512-BF16 does, on any.
+#if defined(__AVX512BF16__) || defined(SDGP_EMULATE_PAIRS)
+constexpr bool HAS_PAIRS = true;
+#else
+constexpr bool HAS_PAIRS = false;
 #endif
 
 typedef float Floats __attribute__((vector_size(LANES * 4)));
@@ -88,6 +99,19 @@ inline Floats multiply_add(Floats a, Floats b, Floats c) {
   return vfmaq_f32(c, a, b);
 #else
   return a * b + c;
+#endif
+}
+
+// Add the products of two pairs of bfloat16. The portable definition is Intel's of vdpbf16ps: two
+// multiply-adds, each of which rounds, the upper halves first, and subnormal numbers are zeros.
+inline Floats multiply_add_pairs(Words a, Words b, Floats c) {
+#if defined(__AVX512BF16__) && !defined(SDGP_EMULATE_PAIRS)
+  return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b);
+#else
+  auto flush = [](Words x) { return (Floats)((x & 0x7F800000) == 0 ? x & 0x80000000 : x); };
+  c = multiply_add(flush(a & 0xFFFF0000), flush(b & 0xFFFF0000), flush((Words)c));
+  c = multiply_add(flush(a << 16), flush(b << 16), flush((Words)c));
+  return flush((Words)c);
 #endif
 }
 
@@ -198,6 +222,9 @@ constexpr int BLOCK = 128;                // Positions of the result.
 constexpr int64_t CHUNK_BYTES = 1 << 19;  // Of packed gradient, for each thread.
 constexpr int64_t SLAB_BYTES = 1 << 14;
 
+// Two channels of four, a and b above it, are pair number b * (b - 1) / 2 + a.
+constexpr int PAIRS[6][2] = {{0, 1}, {0, 2}, {1, 2}, {0, 3}, {1, 3}, {2, 3}};
+
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // A position of some samples with so much space.
@@ -220,27 +247,34 @@ struct Position {
 
 // Numbers that follow from a problem's shapes, and where things are in the workspace.
 struct Plan {
+  bool in_pairs;                       // Whether two values that are kept share a slot.
+  int64_t group_slots, group_rows;     // Of m channels: slots of a tile, and rows of a slab.
   int64_t space, channels, slots;      // Positions of a sample; channels and slots of a position.
   int64_t vectors, width, in_blocks;   // Of a row of a slab; floats of it; rows for each channel.
-  int64_t out_block, taps;             // Output channels of a slab.
+  int64_t out_block, taps, rows;       // Output channels of a slab; rows for each tap.
   int64_t tile_floats, chunk_samples;  // A chunk of samples is packed at once.
   int64_t packed, sums, factors, accumulators, slabs, bytes;  // Offsets in bytes; all of it.
 
   Plan(const Problem& p) {
     space = p.output_size[0] * p.output_size[1] * p.output_size[2];
     channels = p.groups * p.out_channels;
-    slots = channels / p.m * p.n;
+    in_pairs = HAS_PAIRS && p.is_bfloat16 && p.n == 2 && p.m == 4;
+    group_slots = in_pairs ? 1 : p.n;
+    group_rows = in_pairs ? 6 : p.m;
+    slots = channels / p.m * group_slots;
+    rows = p.out_channels / p.m * group_rows;
     taps = p.kernel[0] * p.kernel[1] * p.kernel[2];
 
-    // The fewest loads and stores: for each value kept its place, a broadcast and a row of weights,
-    // which is padded; for each slab the sums, which come and go.
+    // The fewest loads and stores: for each slot its place, a broadcast and a row of weights, which
+    // is padded; for each slab the sums, which come and go.
     int64_t needed = ceil_div(p.in_channels, LANES);
     double fewest = 1e300;
     for (int64_t v = 1; v <= 12; v++) {
-      int64_t rows = std::max<int64_t>(SLAB_BYTES / (v * LANES * 4) / MAX_M, 1) * MAX_M;
-      double kept = double(std::min(rows, p.out_channels)) * p.n / p.m;
-      double moved = ceil_div(needed, v) * (v + 2 + (2 * v + 4) / kept);
-      if (moved <= fewest) fewest = moved, vectors = v, out_block = rows;
+      int64_t row_bytes = v * LANES * 4, most_bytes = MAX_M / p.m * group_rows * row_bytes;
+      int64_t outputs = std::max<int64_t>(SLAB_BYTES / most_bytes, 1) * MAX_M;
+      double filled = double(std::min(outputs, p.out_channels) / p.m * group_slots);
+      double moved = ceil_div(needed, v) * (v + 2 + (2 * v + 4) / filled);
+      if (moved <= fewest) fewest = moved, vectors = v, out_block = outputs;
     }
     width = vectors * LANES;
     in_blocks = ceil_div(needed, vectors);
@@ -258,7 +292,7 @@ struct Plan {
       return begin;
     };
     packed = take(tiles * tile_floats * 4);
-    slabs = take(p.groups * in_blocks * taps * p.out_channels * width * 4);
+    slabs = take(p.groups * in_blocks * taps * rows * width * 4);
     accumulators = take(p.threads * BLOCK * width * 4);
     sums = take(wide ? p.samples * channels * 16 : 0);
     factors = take(wide ? p.samples * channels * 4 : 0);
@@ -511,6 +545,18 @@ struct Pruning {
   }
 };
 
+// Make one slot of the two of four channels; its place is that of the pair's row.
+inline void join(const float* two, int place, int width, float* one) {
+  Words value[2] = {(Words)load(two), (Words)load(two + 2 * LANES)};
+  Ints at[2] = {(Ints)load(two + LANES) - place, (Ints)load(two + 3 * LANES) - place};
+  Ints is_first_upper = at[0] > at[1];
+  Ints lower = is_first_upper ? at[1] : at[0], upper = is_first_upper ? at[0] : at[1];
+  Words of_lower = is_first_upper ? value[1] : value[0];
+  Words of_upper = is_first_upper ? value[0] : value[1];
+  store(one, of_upper | of_lower >> 16);
+  store(one + LANES, ((upper * (upper - 1) >> 1) + lower) * width + place);
+}
+
 constexpr int64_t STEP = 32;  // Channels that are read at once: a multiple of every m and LANES.
 
 // Prune and pack a tile.
@@ -521,25 +567,33 @@ void pack_tile(const Problem& p, const Plan& plan, const float* factors, int64_t
   Tile tile(p, first, end);
   Floats x[STEP], total[STEP / M], kept[STEP / M];
   int place[STEP / M];
-  int64_t of_group = 0, row = 0;  // Channels of the convolution's group, and of the slab.
+  int64_t of_group = 0, of_slab = 0;  // Channels before this one.
   int64_t slots_of_group = pruning.n() * 2 * LANES;
+  constexpr bool MAY_PAIR = HAS_PAIRS && M == 4 && N == 2;
+  bool in_pairs = MAY_PAIR && plan.in_pairs;
+  float single[MAY_PAIR ? STEP / M * N * 2 * LANES : 1];
+  int width = in_pairs ? 1 : plan.width;  // Of places, one for each channel.
   for (int64_t begin = 0; begin < plan.channels; begin += STEP) {
     int64_t count = std::min(STEP, plan.channels - begin) / M;
     tile.read(begin, count * M, x);
+    float* to = in_pairs ? single : slots;
     // One step for all groups after the other, since a step has to wait for the one before.
     for (int64_t i = 0; i < count; i++) {
-      place[i] = row * plan.width;
-      pruning.pack(x + i * M, tile, begin + i * M, place[i], plan.width,
-                   slots + i * slots_of_group, total[i], kept[i]);
-      of_group += M, row += M;
-      if (of_group == p.out_channels) of_group = row = 0;
-      if (row == plan.out_block) row = 0;
+      place[i] = of_slab / M * plan.group_rows * plan.width;
+      pruning.pack(x + i * M, tile, begin + i * M, place[i], width, to + i * slots_of_group,
+                   total[i], kept[i]);
+      of_group += M, of_slab += M;
+      if (of_group == p.out_channels) of_group = of_slab = 0;
+      if (of_slab == plan.out_block) of_slab = 0;
     }
     for (int64_t i = 0; i < count && !pruning.is_finished(); i++) {
-      pruning.finish(tile, begin + i * M, place[i], plan.width, slots + i * slots_of_group,
-                     total[i], kept[i]);
+      pruning.finish(tile, begin + i * M, place[i], width, to + i * slots_of_group, total[i],
+                     kept[i]);
     }
-    slots += count * slots_of_group;
+    for (int64_t i = 0; i < count && in_pairs; i++) {
+      join(single + i * slots_of_group, place[i], plan.width, slots + i * 2 * LANES);
+    }
+    slots += count * plan.group_slots * 2 * LANES;
   }
 }
 
@@ -590,31 +644,58 @@ void find_factors(const Problem& p, const Plan& plan, const double* sums, float*
   }
 }
 
-// Slabs, (groups, in_blocks, taps, out_channels, width): rows of one output channel.
+template <typename T>
+inline void read_row(const T* from, int64_t stride, int64_t count, float* to) {
+  int64_t i = 0;
+  if (stride == 1) {
+    for (; i + LANES <= count; i += LANES) store(to + i, load(from + i));
+  }
+  for (; i < count; i++) to[i] = number(from[i * stride]);
+}
+
+inline void read_row_of_pairs(const BFloat16* lower, const BFloat16* upper, int64_t stride,
+                              int64_t count, float* to) {
+  int64_t i = 0;
+  if (stride == 1) {
+    for (; i + LANES <= count; i += LANES) {
+      store(to + i, (Words)load(upper + i) | (Words)load(lower + i) >> 16);
+    }
+  }
+  for (; i < count; i++) {
+    uint32_t pair = uint32_t(upper[i * stride].bits) << 16 | lower[i * stride].bits;
+    std::memcpy(to + i, &pair, sizeof pair);
+  }
+}
+
+// Slabs, (groups, in_blocks, taps, rows, width): rows of one output channel, or of two.
 template <typename T>
 void pack_weight(const Problem& p, const Plan& plan, const T* weight, float* slabs) {
 #pragma omp for collapse(3) schedule(static) nowait
   for (int64_t group = 0; group < p.groups; group++) {
     for (int64_t block = 0; block < plan.in_blocks; block++) {
-      for (int64_t out = 0; out < p.out_channels; out++) {
+      for (int64_t row = 0; row < plan.rows; row++) {
         const int64_t* strides = p.weight_strides;
-        const T* from = weight + group * strides[0] + out * strides[1] +
+        const int* pair = PAIRS[row % 6];
+        int64_t first = plan.in_pairs ? row / 6 * 4 + pair[0] : row;
+        int64_t to_second = plan.in_pairs ? (pair[1] - pair[0]) * strides[1] : 0;
+        const T* from = weight + group * strides[0] + first * strides[1] +
                         block * plan.width * strides[2];
-        float* to = slabs + ((group * plan.in_blocks + block) * plan.taps * p.out_channels + out) *
+        float* to = slabs + ((group * plan.in_blocks + block) * plan.taps * plan.rows + row) *
                                 plan.width;
         int64_t count = std::min(plan.width, p.in_channels - block * plan.width);
         for (int64_t a = 0; a < p.kernel[0]; a++) {
           for (int64_t b = 0; b < p.kernel[1]; b++) {
             for (int64_t c = 0; c < p.kernel[2]; c++) {
               const T* tap = from + a * strides[3] + b * strides[4] + c * strides[5];
-              int64_t i = 0;
-              if (strides[2] == 1) {
-                for (; i + LANES <= count; i += LANES) store(to + i, load(tap + i));
+              if constexpr (HAS_PAIRS && std::is_same_v<T, BFloat16>) {
+                if (plan.in_pairs) read_row_of_pairs(tap, tap + to_second, strides[2], count, to);
+                else read_row(tap, strides[2], count, to);
+              } else {
+                read_row(tap, strides[2], count, to);
               }
-              for (; i < count; i++) to[i] = number(tap[i * strides[2]]);
               // Nobody reads their sums, but subnormal numbers would take time.
-              for (; i < plan.width; i++) to[i] = 0;
-              to += p.out_channels * plan.width;
+              std::fill(to + count, to + plan.width, 0.0f);
+              to += plan.rows * plan.width;
             }
           }
         }
@@ -632,7 +713,7 @@ struct Pair {
 };
 
 // Add what ROWS positions get through one slab, to nothing if it is their first.
-template <int VECTORS, int ROWS>
+template <int VECTORS, int ROWS, bool IN_PAIRS>
 inline void multiply(const Pair* pairs, int64_t slot, int64_t kept, const float* slab,
                      bool is_first) {
   const float* slots[ROWS];
@@ -651,14 +732,24 @@ inline void multiply(const Pair* pairs, int64_t slot, int64_t kept, const float*
   for (int64_t k = 0; k < kept; k++) {
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; r++) {
-      // Minus zero: that changes no number, so that compilers make a load of it.
-      Floats value = slots[r][k * 2 * LANES] - Floats{};
       int32_t place;
       std::memcpy(&place, slots[r] + k * 2 * LANES + LANES, sizeof place);
       const float* row = slab + place;
+      if constexpr (IN_PAIRS) {
+        uint32_t pair;
+        std::memcpy(&pair, slots[r] + k * 2 * LANES, sizeof pair);
+        Words value = Words{} + pair;
 #pragma GCC unroll 12
-      for (int v = 0; v < VECTORS; v++) {
-        sum[r][v] = multiply_add(value, load(row + v * LANES), sum[r][v]);
+        for (int v = 0; v < VECTORS; v++) {
+          sum[r][v] = multiply_add_pairs(value, (Words)load(row + v * LANES), sum[r][v]);
+        }
+      } else {
+        // Minus zero: that changes no number, so that compilers make a load of it.
+        Floats value = slots[r][k * 2 * LANES] - Floats{};
+#pragma GCC unroll 12
+        for (int v = 0; v < VECTORS; v++) {
+          sum[r][v] = multiply_add(value, load(row + v * LANES), sum[r][v]);
+        }
       }
     }
   }
@@ -669,7 +760,7 @@ inline void multiply(const Pair* pairs, int64_t slot, int64_t kept, const float*
   }
 }
 
-template <int VECTORS>
+template <int VECTORS, bool IN_PAIRS>
 void multiply_all(const Pair* pairs, int count, int64_t slot, int64_t kept, const float* slab,
                   int64_t slab_floats, bool is_first) {
   // As many as registers hold, and no more than hide how long a multiply-add takes.
@@ -684,16 +775,30 @@ void multiply_all(const Pair* pairs, int count, int64_t slot, int64_t kept, cons
     // The tile after this one, of which every position fetches a part.
     const float* later = pairs[std::min(i + LANES, count - 1)].slots + slot * 2 * LANES;
     for (int64_t k = i % LANES; k < kept; k += LANES) __builtin_prefetch(later + k * 2 * LANES);
-    multiply<VECTORS, ROWS>(pairs + i, slot, kept, slab, is_first);
+    multiply<VECTORS, ROWS, IN_PAIRS>(pairs + i, slot, kept, slab, is_first);
   }
-  for (; i < count; i++) multiply<VECTORS, 1>(pairs + i, slot, kept, slab, is_first);
+  for (; i < count; i++) {
+    multiply<VECTORS, 1, IN_PAIRS>(pairs + i, slot, kept, slab, is_first);
+  }
 }
 
 using MultiplyAll = void (*)(const Pair*, int, int64_t, int64_t, const float*, int64_t, bool);
+template <bool IN_PAIRS>
 constexpr MultiplyAll MULTIPLY_ALL[] = {
-    nullptr,         multiply_all<1>, multiply_all<2>,  multiply_all<3>,  multiply_all<4>,
-    multiply_all<5>, multiply_all<6>, multiply_all<7>,  multiply_all<8>,  multiply_all<9>,
-    multiply_all<10>, multiply_all<11>, multiply_all<12>};
+    nullptr,
+    multiply_all<1, IN_PAIRS>,
+    multiply_all<2, IN_PAIRS>,
+    multiply_all<3, IN_PAIRS>,
+    multiply_all<4, IN_PAIRS>,
+    multiply_all<5, IN_PAIRS>,
+    multiply_all<6, IN_PAIRS>,
+    multiply_all<7, IN_PAIRS>,
+    multiply_all<8, IN_PAIRS>,
+    multiply_all<9, IN_PAIRS>,
+    multiply_all<10, IN_PAIRS>,
+    multiply_all<11, IN_PAIRS>,
+    multiply_all<12, IN_PAIRS>,
+};
 
 // Positions of the result that the same taps reach: one remainder by the stride in each dimension.
 struct Class {
@@ -793,8 +898,10 @@ void multiply_block(const Problem& p, const Plan& plan, const Class& of, int64_t
   };
   if (!has_one_tap) clear();
 
-  slabs += (group * plan.in_blocks + in_block) * plan.taps * p.out_channels * plan.width;
-  int64_t first_slot = group * p.out_channels / p.m * p.n;
+  MultiplyAll multiply_all =
+      (plan.in_pairs ? MULTIPLY_ALL<HAS_PAIRS> : MULTIPLY_ALL<false>)[plan.vectors];
+  slabs += (group * plan.in_blocks + in_block) * plan.taps * plan.rows * plan.width;
+  int64_t first_slot = group * p.out_channels / p.m * plan.group_slots;
   // Copies, which no write to memory changes.
   const uint64_t bound[3] = {uint64_t(p.output_size[0]), uint64_t(p.output_size[1]),
                               uint64_t(p.output_size[2])};
@@ -831,11 +938,12 @@ void multiply_block(const Problem& p, const Plan& plan, const Class& of, int64_t
         bool is_first = has_one_tap && reached == count;
         if (has_one_tap && !is_first) clear();
         for (int64_t out = 0; out < p.out_channels; out += plan.out_block) {
-          int64_t channels = std::min(plan.out_block, p.out_channels - out);
-          MULTIPLY_ALL[plan.vectors](pairs, reached, first_slot + out / p.m * p.n,
-                                     channels / p.m * p.n,
-                                     slabs + (tap * p.out_channels + out) * plan.width,
-                                     channels * plan.width, is_first);
+          int64_t before = out / p.m;  // Groups of m channels.
+          int64_t groups = std::min(plan.out_block, p.out_channels - out) / p.m;
+          multiply_all(pairs, reached, first_slot + before * plan.group_slots,
+                       groups * plan.group_slots,
+                       slabs + (tap * plan.rows + before * plan.group_rows) * plan.width,
+                       groups * plan.group_rows * plan.width, is_first);
           is_first = false;
         }
       }

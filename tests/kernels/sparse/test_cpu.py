@@ -1,13 +1,17 @@
 """Test the C++ product of the CPU against the reference."""
 
 import os
+import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sdgp_fx.config import PRUNING_FUNCTIONS
@@ -25,6 +29,9 @@ FUNCTIONS = [
     ("rescaled_magnitude", "channel"),
 ]
 
+# Whether the machine has the instruction that multiplies bfloat16 by pairs.
+HAS_PAIRS = "avx512_bf16" in Path("/proc/cpuinfo").read_text()
+
 
 class Tolerance(NamedTuple):
     """How far a sum may be from that of the same products in float64.
@@ -35,6 +42,9 @@ class Tolerance(NamedTuple):
             allows 2e-6.
         of_result: Relative to the result, which is stored in the dtype: half a unit in the last
             place.
+
+    A product of a pair of bfloat16 rounds as two multiply-adds do. That it takes subnormal numbers
+    for zeros is far below this for values of an ordinary size.
     """
 
     of_terms: float
@@ -180,6 +190,21 @@ def by_identity(grad_output, n, m, prune, rescale):
     )  # fmt: skip
 
 
+def assert_keeps_the_values_of_the_reference(x, n, m, prune, rescale, in_pairs=False):
+    result = by_identity(x, n, m, prune, rescale)
+    pruned = reference.prune_nm(x, SEED, n, m, prune, rescale)
+    if in_pairs:
+        pruned = torch.where(pruned.abs() < torch.finfo(x.dtype).tiny, 0, pruned)
+    # 0 times an infinity is NaN, so each result is one value, or NaN.
+    groups = reference.channel_groups(pruned.float(), m)
+    expected = (groups.unsqueeze(-1) * torch.eye(m)).sum(-2).flatten(-2).movedim(-1, 1)
+    tolerance = {"rtol": 0, "atol": 0}
+    if rescale != "group":
+        tolerance = {key: getattr(reference.TOLERANCES[x.dtype], key) for key in tolerance}
+    torch.testing.assert_close(result.float(), expected, equal_nan=True, **tolerance)
+    assert ((result == 0) == (expected == 0)).all()
+
+
 @given(st.data(), strategies.settings())
 def test_keeps_the_values_of_the_reference(data, setting):
     n, m, prune, rescale = setting
@@ -189,16 +214,8 @@ def test_keeps_the_values_of_the_reference(data, setting):
     dtype = data.draw(st.sampled_from(cpu.DTYPES))
     x = strategies.values(shape, dtype, kind, data.draw(strategies.seeds))
     x = channels_last(x) if data.draw(st.booleans()) else data.draw(strategies.layouts(x))
-    result = by_identity(x, n, m, prune, rescale)
-    pruned = reference.prune_nm(x, SEED, n, m, prune, rescale)
-    # 0 times an infinity is NaN, so each result is one value, or NaN.
-    groups = reference.channel_groups(pruned.float(), m)
-    expected = (groups.unsqueeze(-1) * torch.eye(m)).sum(-2).flatten(-2).movedim(-1, 1)
-    tolerance = {"rtol": 0, "atol": 0}
-    if rescale != "group":
-        tolerance = {key: getattr(reference.TOLERANCES[dtype], key) for key in tolerance}
-    torch.testing.assert_close(result.float(), expected, equal_nan=True, **tolerance)
-    assert ((result == 0) == (expected == 0)).all()
+    in_pairs = HAS_PAIRS and dtype == torch.bfloat16 and (n, m) == (2, 4)
+    assert_keeps_the_values_of_the_reference(x, n, m, prune, rescale, in_pairs)
 
 
 @pytest.mark.parametrize("special", [float("nan"), float("inf"), -float("inf")])
@@ -301,6 +318,145 @@ def test_gradients_of_any_strides_are_read_in_place():
     expanded = x[:1].expand(x.shape)
     result = PRUNED_INPUT_GRAD(*case.replace(grad_output=expanded).arguments())
     assert torch.equal(result, expected[:1].expand(result.shape))
+
+
+# bfloat16 by pairs
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory):
+    """Return the product with the portable definition of what AVX512-BF16 computes."""
+    source = tmp_path_factory.mktemp("pairs") / "emulated.cpp"
+    source.write_text("#define SDGP_EMULATE_PAIRS\n" + cpu.SOURCE.read_text())
+    with mock.patch.object(cpu, "SOURCE", source):
+        library, why = cpu._compiled.__wrapped__()
+    assert not why
+    return library
+
+
+@pytest.fixture(params=["emulated", "by the instruction"] if HAS_PAIRS else ["emulated"])
+def by_pairs(request, monkeypatch):
+    """Multiply two of four bfloat16 by pairs, on any machine."""
+    if request.param == "emulated":
+        library = request.getfixturevalue("emulated")
+        monkeypatch.setattr(cpu, "_compiled", lambda: (library, ""))
+
+
+# The fixture does nothing that another example would have to undo.
+few_examples = settings(
+    max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_every_layer_by_pairs(layer, last, by_pairs, nan_filled_empty):
+    for groups in (1, 2) if LAYERS[layer]["size"] else (1,):
+        sizes = {"groups": groups, "dtype": torch.bfloat16, **LAYERS[layer]}
+        case = make_case(40 * groups, 100 * groups, **sizes)
+        if last:
+            case.grad_output, case.weight = map(channels_last, (case.grad_output, case.weight))
+        assert_agrees(case, 2, 4, "rescaled_magnitude", "group")
+
+
+@pytest.mark.parametrize("in_channels", [1, 7, 16, 17, 33, 64, 80, 96, 112, 128, 160, 203])
+def test_every_number_of_channels_by_pairs(in_channels, by_pairs, nan_filled_empty):
+    for out_channels in (4, 36, 96, 320):
+        case = make_case(in_channels, out_channels, (3, 1), (5, 6), dtype=torch.bfloat16)
+        case.weight = channels_last(case.weight)
+        assert_agrees(case, 2, 4, "magnitude", "group")
+
+
+@pytest.mark.parametrize(("prune", "rescale"), FUNCTIONS)
+def test_every_function_by_pairs(prune, rescale, by_pairs, nan_filled_empty):
+    case = make_case(12, 96, (3, 3), (7, 5), padding=1, dtype=torch.bfloat16)
+    assert_agrees(case, 2, 4, prune, rescale)
+    for n, m in ((1, 4), (2, 8)):  # Single values, in the same library.
+        assert_agrees(case, n, m, prune, rescale)
+
+
+@few_examples
+@given(st.data())
+def test_any_layer_by_pairs(by_pairs, data):
+    kind = data.draw(st.sampled_from(["normal", "ties"]))
+    case = data.draw(cases(4, torch.bfloat16, kind))
+    assert_agrees(case, 2, 4, *data.draw(st.sampled_from(FUNCTIONS)))
+
+
+@few_examples
+@given(st.data())
+def test_keeps_the_values_of_the_reference_by_pairs(by_pairs, data):
+    spatial = data.draw(st.lists(st.integers(1, 7), min_size=1, max_size=3))
+    shape = (data.draw(st.integers(1, 3)), 4 * data.draw(st.integers(1, 9)), *spatial)
+    kind = data.draw(st.sampled_from(["normal", "ties", "special"]))
+    prune, rescale = data.draw(st.sampled_from(FUNCTIONS))
+    x = strategies.values(shape, torch.bfloat16, kind, data.draw(strategies.seeds))
+    x = channels_last(x) if data.draw(st.booleans()) else x
+    assert_keeps_the_values_of_the_reference(x, 2, 4, prune, rescale, in_pairs=True)
+
+
+def test_subnormal_numbers_are_zeros_by_pairs(by_pairs):
+    """A value, a weight and a product: single values do without it."""
+    tiny = torch.finfo(torch.bfloat16).tiny
+    x = torch.tensor([tiny / 2, -1.0, 0.0, 0.0, tiny, -tiny, 0.0, 0.0]).bfloat16()[None, :, None]
+    weight = torch.tensor([1.0, tiny / 2, 1.0, 1.0, 0.5, 0.5, 1.0, 1.0]).bfloat16()[:, None, None]
+    arguments = ("magnitude", "group", (1, 2, 1), [1], [0], [1], False, 2)
+    pairs = PRUNED_INPUT_GRAD(x, weight, None, 2, 4, *arguments)
+    assert pairs.flatten().tolist() == [0.0, 0.0]
+    single = PRUNED_INPUT_GRAD(x, weight, None, 1, 4, *arguments)
+    assert single.flatten().tolist() == [-tiny / 2, tiny / 2]
+
+
+def test_bits_by_pairs_do_not_depend_on_the_number_of_threads(by_pairs, threads):
+    for layer in (
+        {"in_channels": 40, "out_channels": 64, "size": (17, 19), "stride": 2},
+        {"in_channels": 136, "out_channels": 320, "size": (30, 30)},
+    ):
+        case = make_case(kernel=(3, 3), batch=5, padding=1, dtype=torch.bfloat16, **layer)
+        results = []
+        for count in (1, 2, 3):
+            threads(count)
+            results.append(PRUNED_INPUT_GRAD(*case.arguments(2, 4, "rescaled_magnitude")))
+        assert torch.equal(results[0], results[1])
+        assert torch.equal(results[0], results[2])
+
+
+def innermost_loop(instructions, name):
+    """Return the shortest loop of a function in assembly with an instruction of that name."""
+    places, loops = {}, []
+    for i, line in enumerate(instructions):
+        places[line.rstrip(":")] = i
+        operation, *target = line.split()
+        if operation.startswith("j") and places.get(target[-1], i) < i:
+            loops.append([s for s in instructions[places[target[-1]] : i + 1] if s[0] != "."])
+    return min((loop for loop in loops if any(name in s for s in loop)), key=len)
+
+
+def test_the_loop_of_pairs_multiplies_and_loads(tmp_path):
+    """Of a slot: a broadcast and its place; of a vector: a load, which may be an operand."""
+    compiler = os.environ.get("CXX", "g++")
+    # As for a machine that has the instruction. -O3 makes the same loops, and takes longer.
+    command = [compiler, "-S", "-O2", "-std=c++17", "-fopenmp", "-march=cooperlake", "-o"]
+    source, output = tmp_path / "empty.cpp", tmp_path / "product.s"
+    source.touch()
+    if shutil.which(compiler) is None or subprocess.run([*command, output, source]).returncode:
+        pytest.skip("the compiler does not know the machine")
+    subprocess.run([*command, output, cpu.SOURCE], check=True)
+    function = r"^\w*8multiplyILi(\d+)ELi(\d+)ELb1E\w*:$(.*?)\.cfi_endproc"
+    found = re.findall(function, output.read_text(), re.MULTILINE | re.DOTALL)
+    assert {int(vectors) for vectors, _, _ in found} == set(range(1, 13))
+    for vectors, rows, text in found:
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        loop = innermost_loop(lines, "vdpbf16ps")
+        products, broadcasts = (
+            sum(line.startswith(name) for line in loop) for name in ("vdpbf16ps", "vpbroadcastd")
+        )
+        assert products == int(vectors) * broadcasts
+        assert broadcasts % int(rows) == 0
+        loads = [line for line in loop if re.match(r"vmov\w+\s+[^%]*\(.*\), %zmm", line)]
+        assert sum("zmm" in line for line in loop) == products + broadcasts + len(loads)
+        assert len(loads) <= products
+        assert len(loop) <= 2 * products + 4 * broadcasts
 
 
 # Compilation
