@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._inductor import config as inductor_config
 
 from sdgp_fx.config import INNER_COMPILERS
 from sdgp_fx.kernels.sparse.op import PRUNED_INPUT_GRAD
@@ -31,6 +32,13 @@ class Net(nn.Module):
         x = F.gelu(self.stem(x))
         x = x + self.up(F.gelu(self.block(x)))
         return self.mix(x.movedim(1, -1)).mean((1, 2))
+
+
+@pytest.fixture(autouse=True)
+def _no_cache():
+    """Rewrite every graph: one that Inductor has kept does not go through the pass again."""
+    with inductor_config.patch(fx_graph_cache=False):
+        yield
 
 
 def gradients(product, inner, memory_format, dtype=torch.float32, batches=(4,), **options):
