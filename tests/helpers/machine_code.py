@@ -19,7 +19,8 @@ def dense_twin(product, tile):
     N = T.dynamic("batch")
     dtype = getattr(T, product.dtype)
     C, F = product.out_channels, product.in_channels
-    rows, columns, depth, stages, threads = tile
+    rows, columns, depth, stages, threads, specialized = tile
+    policy = T.GemmWarpPolicy.FullRow if specialized else T.GemmWarpPolicy.Square
 
     @T.prim_func
     def input_grad(
@@ -35,7 +36,7 @@ def dense_twin(product, tile):
             for step in T.Pipelined(C // depth, num_stages=stages):
                 T.copy(gradient[by * rows, step * depth], a)
                 T.copy(weight[step * depth, bx * columns], b)
-                T.gemm(a, b, c)
+                T.gemm(a, b, c, policy=policy)
             T.copy(c, out[by * rows, bx * columns])
 
     return input_grad

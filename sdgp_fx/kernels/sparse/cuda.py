@@ -11,7 +11,7 @@ from . import driver
 from .binaries import Binary, find, path_of, why_no_compiler
 from .packed import Packed, can_pack
 from .problem import Problem
-from .tensor_cores import ARCHITECTURES, CHANNELS, Product, tiles
+from .tensor_cores import ARCHITECTURES, IN_CHANNELS, OUT_CHANNELS, Product, tiles
 
 DTYPES = (torch.bfloat16, torch.float16)
 
@@ -51,8 +51,8 @@ def why_not_covered(problem: Problem) -> str:
     sizes = (*weight.shape, *(() if _is_matrix(problem) else problem.input_size[2:]))
     if not all(isinstance(size, int) for size in sizes):
         return "sizes not known when compiled"
-    if any(size % CHANNELS for size in weight.shape[:2]):
-        return f"channels are no multiple of {CHANNELS}"
+    if weight.shape[0] % OUT_CHANNELS or weight.shape[1] % IN_CHANNELS:
+        return f"C_out is no multiple of {OUT_CHANNELS}, or C_in of {IN_CHANNELS}"
     if any(halo < 0 for halo in halo_of(problem)):
         return "padded by more than the kernel reaches"
     return ""

@@ -18,8 +18,9 @@ ARCHITECTURES = {
     (12, 0): "sm_120",
 }
 
-# Output channels come in steps of one instruction, input channels in whole tiles.
-CHANNELS = 32
+# Output channels come in the shortest steps, input channels in the narrowest tiles. With shorter
+# steps TileLang copies places by plain stores, which nothing orders before their reads on sm_90.
+OUT_CHANNELS, IN_CHANNELS = 64, 32
 
 
 class Product(NamedTuple):
@@ -28,7 +29,7 @@ class Product(NamedTuple):
     Attributes:
         dtype: "bfloat16" or "float16", of all operands and the result; sums are float32.
         height, width: Of the input gradient.
-        out_channels, in_channels: Multiples of CHANNELS.
+        out_channels, in_channels: Multiples of OUT_CHANNELS and IN_CHANNELS.
         kernel, dilation: For height and width.
     """
 
@@ -54,7 +55,8 @@ class Tile(NamedTuple):
         rows, columns: Of the result.
         depth: Output channels of one step, of which half are stored.
         stages: Steps whose operands are in shared memory at the same time.
-        threads: That multiply; from sm_90 on as many again copy.
+        threads: That multiply.
+        specialized: Whether as many threads more copy.
     """
 
     rows: int
@@ -62,6 +64,7 @@ class Tile(NamedTuple):
     depth: int
     stages: int
     threads: int
+    specialized: bool = False
 
 
 class Kernel(NamedTuple):
@@ -89,19 +92,28 @@ class Kernel(NamedTuple):
     tensor_map: tuple[Any, ...] | None
 
 
-def tiles(product: Product, architecture: str) -> list[Tile]:
-    """Return the tiles that a product may be computed in, the one expected to be best first.
+# For wgmma.sp, in the order of their times on an H200, of an earlier version of the kernel. The
+# others are a guess: wide tiles read the gradient less often, narrow ones leave registers to
+# another block.
+HOPPER = (
+    Tile(256, 128, 128, 3, 256, specialized=True),
+    Tile(256, 128, 64, 4, 256, specialized=True),
+    Tile(128, 128, 64, 3, 128),
+    Tile(128, 64, 64, 3, 128),
+    Tile(128, 32, 64, 3, 128),
+)
+OTHERS = (
+    Tile(128, 128, 64, 3, 256),
+    Tile(128, 128, 64, 3, 128),
+    Tile(128, 64, 64, 3, 128),
+    Tile(128, 32, 64, 3, 128),
+)
 
-    None has been tuned on a GPU. Wide tiles read the gradient less often; two narrow ones share a
-    multiprocessor's registers.
-    """
-    depth = next(d for d in (64, CHANNELS) if product.out_channels % d == 0)
-    fitting = [c for c in (128, 64, CHANNELS) if product.in_channels % c == 0]
-    # With bulk copies half of the threads copy.
-    threads = (128,) if architecture in ("sm_90", "sm_120") else (256, 128)
+
+def tiles(product: Product, architecture: str) -> list[Tile]:
+    """Return the tiles that a product may be computed in, the one expected to be best first."""
     return [
-        Tile(128, columns, depth, 3, count)
-        for columns in fitting
-        for count in threads
-        if columns * 128 >= count * 32
+        tile
+        for tile in (HOPPER if architecture == "sm_90" else OTHERS)
+        if product.out_channels % tile.depth == 0 and product.in_channels % tile.columns == 0
     ]

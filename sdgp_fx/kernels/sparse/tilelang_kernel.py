@@ -3,11 +3,13 @@
 Importing this needs TileLang. Annotations are evaluated by TileLang, so they are no strings here.
 """
 
+import re
 from typing import Any
 
 import tilelang
 import tilelang.language as T
 import tvm
+from tilelang import PassConfigKey as Key
 from tilelang.contrib import nvcc
 from tilelang.env import CUTLASS_INCLUDE_DIR, TILELANG_TEMPLATE_PATH
 
@@ -18,7 +20,11 @@ def lower(product: Product, tile: Tile, architecture: str) -> Kernel:
     """Lower the product to CUDA."""
     target = tvm.target.Target({"kind": "cuda", "arch": architecture})
     function = _input_grad(product, tile, wgmma=architecture == "sm_90")
-    with tvm.transform.PassContext(), target:
+    options = (
+        [] if tile.specialized else [Key.TL_DISABLE_WARP_SPECIALIZED, Key.TL_DISABLE_TMA_LOWER]
+    )
+    config = {option.value: True for option in options}
+    with tvm.transform.PassContext(config=config), target:
         artifact = tilelang.lower(function, target=target)
     calls = _packed_calls(artifact.host_mod)
     (entry,) = (name for name in calls if not name.startswith("__"))
@@ -30,7 +36,7 @@ def lower(product: Product, tile: Tile, architecture: str) -> Kernel:
         sizes, strides, box, steps = (tuple(rest[i * rank : (i + 1) * rank]) for i in range(4))
         tensor_map = (kind, rank, sizes, strides[1:], box, steps, *rest[4 * rank :])
     return Kernel(
-        source=artifact.kernel_source,
+        source=_fence_after_waits(artifact.kernel_source),
         entry=entry,
         arguments=tuple(map(_plain, operands)),
         tile=tile,
@@ -38,6 +44,17 @@ def lower(product: Product, tile: Tile, architecture: str) -> Kernel:
         shared_bytes=_plain(shared_bytes),
         tensor_map=tensor_map,
     )
+
+
+def _fence_after_waits(source: str) -> str:
+    """Move each proxy fence behind the waits that follow it.
+
+    wgmma.sp reads shared memory by another proxy than the copies write it. TileLang puts the fence
+    that the kernel asks for ahead of the wait for the copies, where it orders none of them.
+    """
+    fence = r"( *tl::fence_proxy_async\(\);\n)"
+    wait = r" *(?:tl::cp_async_wait<\d+>\(\)|mbarrier\[[^;]*\.wait\([^;]*\));\n"
+    return re.sub(f"{fence}((?:{wait})+)", r"\2\1", source)
 
 
 def compile_cubin(kernel: Kernel, architecture: str) -> bytes:
@@ -71,8 +88,7 @@ def _input_grad(product: Product, tile: Tile, wgmma: bool) -> Any:
     """Write the product in TileLang.
 
     The packed gradient is gathered row by row from its halo, so that no load has a condition; rows
-    past the last repeat it. Taps are the kernel's in reverse order. wgmma.sp reads the gradient
-    from registers: its copies are not ordered before reads of shared memory by that instruction.
+    past the last repeat it. Taps are the kernel's in reverse order.
     """
     N = T.dynamic("batch")
     dtype = getattr(T, product.dtype)
@@ -81,7 +97,9 @@ def _input_grad(product: Product, tile: Tile, wgmma: bool) -> Any:
     kh, kw = product.kernel
     dh, dw = product.dilation
     padded = product.padded
-    rows, columns, depth, stages, threads = tile
+    rows, columns, depth, stages, threads, specialized = tile
+    # A warpgroup of wgmma.sp takes whole rows of tiles, a warp of mma.sp a square.
+    policy = T.GemmWarpPolicy.FullRow if wgmma else T.GemmWarpPolicy.Square
 
     @T.prim_func
     def input_grad(
@@ -98,7 +116,11 @@ def _input_grad(product: Product, tile: Tile, wgmma: bool) -> Any:
             e = T.alloc_shared((rows, depth // 16), T.int16)
             b = T.alloc_shared((depth, columns), dtype)
             c = T.alloc_fragment((rows, columns), T.float32)
-            kept = T.alloc_fragment((rows, depth // 2), dtype)
+            result = T.alloc_shared((rows, columns), dtype)
+            if specialized:
+                # Of each pair of threads' 256 registers: as many as neither spills with.
+                T.annotate_producer_reg_dealloc(72)
+                T.annotate_consumer_reg_alloc(184)
             T.clear(c)
             for step in T.Pipelined(kh * kw * (C // depth), num_stages=stages):
                 tap = step // (C // depth)
@@ -128,10 +150,9 @@ def _input_grad(product: Product, tile: Tile, wgmma: bool) -> Any:
                     b,
                 )
                 if wgmma:
-                    T.copy(a, kept)
-                    T.gemm_sp(kept, e, b, c)
-                else:
-                    T.gemm_sp(a, e, b, c)
-            T.copy(c, out[by * rows, bx * columns])
+                    T.fence_proxy_async()
+                T.gemm_sp(a, e, b, c, policy=policy)
+            T.copy(c, result)
+            T.copy(result, out[by * rows, bx * columns], disable_tma=True)
 
     return input_grad

@@ -67,7 +67,7 @@ def test_other_texts_make_other_kernels(compiled, monkeypatch):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES.values())
 def test_tiles(architecture):
-    for out_channels in (32, 64, 96):
+    for out_channels in (64, 128, 192):
         for in_channels in (32, 96, 128, 192):
             product = PRODUCT._replace(out_channels=out_channels, in_channels=in_channels)
             found = tiles(product, architecture)

@@ -3,6 +3,8 @@
 The emulator runs what TileLang generates for a GPU; see tests/emulation.
 """
 
+import re
+
 import pytest
 import torch
 
@@ -17,6 +19,7 @@ from sdgp_fx.kernels.sparse.packed import pack
 from sdgp_fx.kernels.sparse.problem import Problem, empty_result
 from sdgp_fx.kernels.sparse.tensor_cores import Product, tiles
 
+from ...emulation.emulator import EmulationError
 from ...helpers import emulated_product, machine_code
 from ...helpers.input_grads import channels_last, make_case
 
@@ -30,8 +33,8 @@ TOLERANCES = {
 
 SHAPES = {
     "3x3": Product("bfloat16", 5, 7, 64, 64, (3, 3), (1, 1)),
-    "1x1": Product("float16", 1, 1, 96, 160, (1, 1), (1, 1)),
-    "5x3, dilated": Product("float16", 9, 6, 32, 32, (5, 3), (1, 2)),
+    "1x1": Product("float16", 1, 1, 128, 128, (1, 1), (1, 1)),
+    "5x3, dilated": Product("float16", 9, 6, 64, 32, (5, 3), (1, 2)),
 }
 
 
@@ -72,6 +75,41 @@ def test_every_tile_gives_the_input_gradient(name, architecture, folder, monkeyp
         out = channels_last(torch.full_like(expected, float("nan")))
         cuda.launch(Binary(kernel, b""), product, pack(pruned, halo), weight, out)
         torch.testing.assert_close(out, expected, **TOLERANCES[pruned.dtype])
+
+
+WAIT = r" *(?:tl::cp_async_wait<\d+>\(\)|mbarrier\[step_1.*?\.wait\(.*?\));\n"
+FENCE = r" *tl::fence_proxy_async\(\);\n"
+BROKEN = {
+    "no wait": (WAIT, ""),
+    "no fence": (FENCE, ""),
+    "a fence ahead of the wait": (f"({WAIT})({FENCE})", r"\2\1"),
+    "an index": (r"&\(places\[", "&(places[4 + "),
+}
+
+
+@pytest.mark.parametrize("specialized", [False, True])
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_kernel_is_seen(name, specialized, folder):
+    """Break a kernel: the emulator objects, or the result is wrong."""
+    product = Product("float16", 1, 1, 256, 128, (1, 1), (1, 1))
+    tile = next(
+        t for t in tiles(product, "sm_90") if t.specialized == specialized and t.depth == 64
+    )
+    kernel = emulated_product.lower(product, tile, "sm_90")
+    source, changes = re.subn(*BROKEN[name], kernel.source)
+    assert changes
+    pruned, weight, halo = operands(product, 100)
+    expected = input_grad(product, pruned, weight).half()
+    tensors = {**pack(pruned, halo)._asdict(), "weight": weight}
+
+    def run(kernel):
+        out = channels_last(torch.full_like(expected, float("nan")))
+        emulated_product.launch(kernel, folder, (1, 1), {**tensors, "out": out}, 100)
+        torch.testing.assert_close(out, expected, **TOLERANCES[torch.float16])
+
+    run(kernel)
+    with pytest.raises((EmulationError, AssertionError)):
+        run(kernel._replace(source=source))
 
 
 LAYERS = {
@@ -140,10 +178,10 @@ def test_what_is_covered(changes, pattern, why):
     assert why in found if why else found == ""
 
 
-@pytest.mark.parametrize("channels", [(16, 64), (64, 16), (48, 64), (32, 80)])
+@pytest.mark.parametrize("channels", [(16, 64), (64, 32), (48, 64), (32, 96)])
 def test_channels_that_fill_no_instruction_are_not_covered(channels):
     problem = Problem(*make_case(*channels, **GOOD).arguments())
-    assert cuda.why_not_covered(problem) == "channels are no multiple of 32"
+    assert cuda.why_not_covered(problem) == "C_out is no multiple of 64, or C_in of 32"
 
 
 def matrix_instructions(kernel, architecture, folder):
@@ -165,7 +203,10 @@ def matrix_instructions(kernel, architecture, folder):
     ],
 )
 def test_machine_code(architecture, sparse, dense, tmp_path):
-    """An instruction makes the multiply-adds of two dense ones."""
+    """An instruction makes the multiply-adds of two dense ones.
+
+    On sm_90 the loops of the twins are unrolled differently, so instructions are not counted.
+    """
     product = Product("bfloat16", 1, 1, 256, 128, (1, 1), (1, 1))
     tile = tiles(product, architecture)[0]
     kernel = emulated_product.lower(product, tile, architecture)
@@ -175,5 +216,5 @@ def test_machine_code(architecture, sparse, dense, tmp_path):
         twin = machine_code.lower_dense_twin(product, tile, architecture, kernel)
         of_twin = matrix_instructions(twin, architecture, tmp_path)
         assert set(of_twin) == {dense}
-        # On sm_90 the steps of the dense one are unrolled, and those of the sparse one are not.
-        assert 2 * len(found) == len(of_twin) or architecture == "sm_90"
+        if architecture == "sm_80":
+            assert 2 * len(found) == len(of_twin)
