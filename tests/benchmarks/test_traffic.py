@@ -12,8 +12,10 @@ pytest.importorskip("triton", reason="needs Triton")
 
 import sdgp_fx
 from benchmarks import traffic
+from benchmarks.harness.input_gradients import problem_of
 from sdgp_fx import SDGPConfig
 from sdgp_fx.inspection.gpu_codegen import generate
+from sdgp_fx.measurement.convolutions import Convolution
 from sdgp_fx.measurement.workload import Workload
 
 ROOT = Path(__file__).parents[2]
@@ -41,6 +43,20 @@ class Net(nn.Module):
 
     def forward(self, x):
         return self.second(self.first(x).relu()).square().mean((2, 3))
+
+
+class ThreeLayers(nn.Sequential):
+    """Three layers, of which the second has a sparse product on GPUs."""
+
+    def __init__(self):
+        relu = nn.ReLU()
+        super().__init__(
+            *(nn.Conv2d(3, 32, 3, bias=False), relu),
+            *(nn.Conv2d(32, 64, 3, padding=1, bias=False), relu, nn.Conv2d(64, 16, 1, bias=False)),
+        )
+
+    def forward(self, x):
+        return super().forward(x).square().mean((2, 3))
 
 
 def count(model, images, **options):
@@ -93,6 +109,47 @@ def test_an_own_kernel_is_counted():
     assert ours.read == stock.read + gradient
     assert ours.written == stock.written + gradient
     assert ours.unfused == ["not lowered"]
+
+
+def test_a_sparse_product_adds_a_launch_that_packs():
+    """It reads the gradient, and writes 9/16 of it with a position of zeros on each side.
+
+    The last layer is not covered: its pruned gradient is written with its zeros.
+    """
+    model = ThreeLayers().bfloat16().to(memory_format=torch.channels_last)
+    counted = count(model, channels_last(8, 3, 34, 34), product="sparse")
+    (stock, _), (ours, code) = counted["stock"], counted["sdgp"]
+    gradient, last = 8 * 64 * 32 * 32 * 2, 8 * 16 * 32 * 32 * 2
+    packed = 8 * 64 * 34 * 34 * 2 * 9 // 16
+    assert sorted(ours.pruned) == [last, gradient]
+    assert ours.packed == [packed]
+    assert ours.launches == stock.launches + 1
+    assert ours.kernels == stock.kernels
+    assert ours.read == stock.read + gradient
+    assert ours.written == stock.written + last + packed
+    assert code.count("sdgp.pruned_input_grad.default(") == 1
+    # Of the weights of all, and of the last one's input.
+    assert code.count("convolution_backward.default(") == 4
+
+
+def test_the_copies_of_a_sparse_product_are_counted():
+    """It computes in channels-last memory; the channels of a 1x1 weight are adjacent already."""
+    shapes = {"output": (2, 64, 8, 8), "weight": (64, 32, 1, 1), "input": (2, 32, 8, 8)}
+    geometry = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "output_padding": (0, 0)}
+    layer = Convolution(**shapes, **geometry, transposed=False, groups=1, needs_input_gradient=True)
+    grad_output, weight = (
+        torch.empty(shapes[name], dtype=torch.bfloat16, device="meta")
+        for name in ("output", "weight")
+    )
+    gradient, result = grad_output.nbytes, grad_output.nbytes // 2
+    for format_, copied in {
+        torch.channels_last: [],
+        torch.contiguous_format: [gradient, result],
+    }.items():
+        problem = problem_of(
+            layer, grad_output.contiguous(memory_format=format_), weight, 2, 4, "magnitude"
+        )
+        assert traffic.Packing.of(problem) == (gradient, gradient * 9 // 16, copied)
 
 
 @pytest.mark.slow
@@ -148,16 +205,18 @@ def test_a_recorded_step_reads_both_gradients_again(monkeypatch):
 
 
 def test_command(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(Workload, "build", lambda self: Net())
+    monkeypatch.setattr(Workload, "build", lambda self: ThreeLayers())
     out = tmp_path / "out.json"
     tiny = ["--model", "test_resnet", "--batch", "4", "--size", "64"]
-    assert traffic.main([*tiny, "--prune", "random", "--out", str(out)]) == 0
+    options = ["--prune", "random", "--product", "sparse", "--monitor"]
+    assert traffic.main([*tiny, *options, "--out", str(out)]) == 0
     saved = json.loads(out.read_text())
     (row,) = saved["rows"]
     assert (row["model"], row["prune"]) == ("test_resnet", "random")
     assert row["stock"]["launches"] + row["extra_launches"] == row["sdgp"]["launches"]
     assert sum(row["sdgp"]["pruned"]) == row["pruned_bytes"]
-    assert "test_resnet" in capsys.readouterr().out
+    assert (row["layers"], row["sparse_layers"]) == (2, 1)
+    assert "test_resnet: 1 of 2 layers multiplied sparsely" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
