@@ -7,14 +7,12 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import torch
-
 from sdgp_fx.kernels.sparse import binaries, cuda
 from sdgp_fx.kernels.sparse.tensor_cores import ARCHITECTURES, Product, tiles
 from sdgp_fx.measurement.workload import Workload
 
 from .harness import command
-from .harness.input_gradients import is_covered, problem_of
+from .harness.input_gradients import problem_without_values
 from .harness.terminal import progress
 
 
@@ -23,12 +21,8 @@ def products_of(workloads: Iterable[Workload]) -> list[Product]:
     products = {}
     for workload in workloads:
         for layer in workload.count_convolutions():
-            if layer.is_prunable(4) and is_covered(workload, layer, 2, 4, "magnitude"):
-                grad_output, weight = (
-                    torch.empty(shape, dtype=workload.torch_dtype, device="meta")
-                    for shape in (layer.output, layer.weight)
-                )
-                problem = problem_of(layer, grad_output, weight, 2, 4, "magnitude")
+            problem = problem_without_values(layer, workload.torch_dtype, 2, 4, "magnitude")
+            if layer.is_prunable(4) and not cuda.why_not_covered(problem):
                 products[cuda.product_of(problem)] = True
     return list(products)
 
@@ -52,13 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if why := binaries.why_no_compiler():
         parser.error(f"cannot compile here: {why}")
-    # Which layers are covered does not depend on the GPU.
-    device = torch.device("cuda")
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         products = products_of(
-            Workload(model, args.batch, args.size, args.dtype, device=device)
-            for model in args.models
+            Workload(model, args.batch, args.size, args.dtype) for model in args.models
         )
     except (ValueError, OSError) as error:
         parser.error(str(error))

@@ -3,7 +3,8 @@
 Operations and bytes are counted, nothing is run or timed. A product takes as long as its
 operations at the GPU's rate, or as its operands and its result, each moved once, at the GPU's
 bandwidth, whichever is longer. Values have 16 bits, the pattern is 2:4, and a product with a 2:4
-operand exists for every convolution, which it does not.
+operand exists for every convolution, which it does not. "packed" is the way of sdgp's own product,
+in the layers that it covers alone.
 """
 
 from __future__ import annotations
@@ -14,12 +15,17 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
+import torch
+
 from sdgp_fx.arguments import positive
+from sdgp_fx.kernels.sparse import cuda
+from sdgp_fx.kernels.sparse.packed import empty_packed
 from sdgp_fx.measurement.convolutions import Convolution
 from sdgp_fx.measurement.workload import Workload
 
 from .harness import command
 from .harness.benchmark import Benchmark, Task
+from .harness.input_gradients import problem_without_values
 from .harness.report import Row
 
 MODELS = ("resnet18", "resnet50")
@@ -64,12 +70,14 @@ class Prune(NamedTuple):
 
 PRUNES = {
     # In the kernel that computes the gradient, which writes it once more: compressed, or, as
-    # sdgp does, with its zeros.
+    # sdgp does for a dense product, with its zeros.
     "fused": Prune(COMPRESSED, COMPRESSED),
     "with_zeros": Prune(1, 1),
     # In a pass of its own, which reads the gradient.
     "separate": Prune(1 + COMPRESSED, COMPRESSED),
 }
+# As "separate", but with a halo; see `prunes_of`.
+PACKED = "packed"
 
 
 class Costs(NamedTuple):
@@ -78,7 +86,7 @@ class Costs(NamedTuple):
     Attributes:
         input_gradient: 0 where none is computed.
         pruned: Of the input gradient and its prune, by the name of the prune; empty where the
-            layer cannot be pruned.
+            layer cannot be pruned, and without PACKED where it is not covered.
     """
 
     forward: float
@@ -110,7 +118,7 @@ def costs(convolution: Convolution, rates: Rates, speedup: float) -> Costs:
     pruned = {
         name: rates.seconds(flops / speedup, x + weight + prune.read * output)
         + prune.moved * output / rates.bandwidth
-        for name, prune in PRUNES.items()
+        for name, prune in prunes_of(convolution).items()
     }
     return Costs(
         forward=with_input,
@@ -118,6 +126,19 @@ def costs(convolution: Convolution, rates: Rates, speedup: float) -> Costs:
         weight_gradient=with_input,
         pruned=pruned if convolution.is_prunable(M) else {},
     )
+
+
+def prunes_of(convolution: Convolution) -> dict[str, Prune]:
+    """Return PRUNES and, if sdgp's own product on GPUs covers the convolution, PACKED.
+
+    That writes the positions of the halo, too.
+    """
+    problem = problem_without_values(convolution, torch.bfloat16, N, M, "magnitude")
+    if cuda.why_not_covered(problem):
+        return PRUNES
+    packed = empty_packed(problem.grad_output, cuda.halo_of(problem))
+    share = sum(tensor.nbytes for tensor in packed) / problem.grad_output.nbytes
+    return {**PRUNES, PACKED: Prune(1 + share, share)}
 
 
 def _read_of_input(convolution: Convolution) -> int:
@@ -170,7 +191,8 @@ def summary(
 ) -> Row:
     """Sum up what pruning saves of the time of all convolutions.
 
-    In "NAME", the layers are pruned in which it saves time; in "NAME_all", all that can be.
+    In "NAME", the layers are pruned in which it saves time; in "NAME_all", all that can be, and
+    in "packed_all" all that are covered.
     """
     each = [(costs(c, rates, speedup), count) for c, count in convolutions.items()]
     dense = sum(cost.dense * count for cost, count in each)
@@ -181,11 +203,14 @@ def summary(
         "tb_per_s": rates.bandwidth / 1e12,
         "speedup": speedup,
         "layers": sum(count for cost, count in each if cost.pruned),
+        "covered_layers": sum(count for cost, count in each if PACKED in cost.pruned),
         "dense_ms": dense * 1e3,
         "input_gradients": sum(cost.input_gradient * count for cost, count in each) / dense,
     }
-    for name in PRUNES:
-        saved = [(c.input_gradient - c.pruned[name], count) for c, count in each if c.pruned]
+    for name in (*PRUNES, PACKED):
+        saved = [
+            (c.input_gradient - c.pruned[name], count) for c, count in each if name in c.pruned
+        ]
         row[name] = sum(max(time, 0) * count for time, count in saved) / dense
         row[f"{name}_all"] = sum(time * count for time, count in saved) / dense
         row[f"{name}_layers"] = sum(count for time, count in saved if time > 0)
@@ -218,6 +243,9 @@ BENCHMARK = Benchmark(
         "with zeros, all": ("with_zeros_all", ".1%"),
         "separate": ("separate", ".1%"),
         "separate, all": ("separate_all", ".1%"),
+        "covered": ("covered_layers", "d"),
+        "packed": ("packed", ".1%"),
+        "packed, all": ("packed_all", ".1%"),
     },
     headline=headline,
 )
@@ -231,7 +259,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "convolutions, forward and both gradients, in 16 bits on NVIDIA's H100 and H200. Of each "
         "way to prune: the saving where only layers are pruned in which there is one, and where "
         "all are. fused: pruned and compressed where the gradient is computed; with zeros: the "
-        "same, not compressed; separate: a pass of its own, compressed. Nothing is run or timed.",
+        "same, not compressed; separate: a pass of its own, compressed; packed: the same with a "
+        "border of zeros, as sdgp's own product reads it, in the layers that it covers alone. "
+        "Nothing is run or timed.",
         example="--model resnet50 --speedup 1.2 --out roofline.json",
     )
     parser.add_models(MODELS)

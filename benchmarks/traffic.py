@@ -11,12 +11,11 @@ import math
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import fx
 from torch._inductor import memory
 from torch._inductor.dependencies import Dep
 from torch._inductor.graph import GraphLowering
@@ -32,8 +31,13 @@ from sdgp_fx import SDGPConfig
 from sdgp_fx.inductor.lowering import TileLoops
 from sdgp_fx.inspection.gpu_codegen import generate
 from sdgp_fx.kernels.op import PRUNE_NM
+from sdgp_fx.kernels.sparse import cuda
+from sdgp_fx.kernels.sparse.op import PRUNED_INPUT_GRAD
+from sdgp_fx.kernels.sparse.packed import empty_packed
+from sdgp_fx.kernels.sparse.problem import Problem, empty_result
 from sdgp_fx.measurement.workload import DTYPES, Workload
 from sdgp_fx.passes import marks
+from sdgp_fx.passes.graph import value_of
 
 from .harness import command
 from .harness.benchmark import Benchmark, Task, options_of
@@ -50,6 +54,32 @@ MODELS = (
 )
 
 
+class Packing(NamedTuple):
+    """What the sparse product of a layer does ahead of the launch that multiplies.
+
+    Attributes:
+        read: Bytes of the gradient, and of the seed.
+        packed: Bytes of the packed gradient, with its halo.
+        copied: Bytes of each tensor that is copied to or from channels-last memory.
+    """
+
+    read: int
+    packed: int
+    copied: list[int]
+
+    @classmethod
+    def of(cls, problem: Problem) -> Packing:
+        """Count what a covered problem takes."""
+        grad_output, weight, seed, *_ = problem
+        packed = empty_packed(grad_output, cuda.halo_of(problem))
+        tensors = (grad_output, weight, empty_result(problem))
+        return cls(
+            read=grad_output.nbytes + (0 if seed is None else seed.nbytes),
+            packed=sum(tensor.nbytes for tensor in packed),
+            copied=[t.nbytes for t in tensors if not t.movedim(1, -1).is_contiguous()],
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class Backward:
     """Counts of the generated code of a backward pass.
@@ -57,15 +87,17 @@ class Backward:
     Attributes:
         launches: Launches of generated kernels, and calls of this package's own. Libraries'
             kernels, such as those of convolutions, are the same with and without pruning, and
-            left out.
+            left out; so is the launch of a sparse product that multiplies, in place of one of
+            theirs.
         kernels: Different generated kernels.
         read, written: Bytes by these launches: each tensor, or the part that is used, once a
             launch. What a kernel reads of its own results has not left its registers and is not
             counted.
         pruned: Bytes of each gradient that is pruned.
+        packed: Bytes of each that is packed, for a sparse product.
         unfused: What computes the gradient, for each that is pruned in a launch of its own.
         peak: The most bytes that are held at once, by Inductor's estimate; with the saved
-            tensors.
+            tensors, and with what sparse products hold by themselves.
     """
 
     launches: int
@@ -73,35 +105,56 @@ class Backward:
     read: int
     written: int
     pruned: list[int]
+    packed: list[int]
     unfused: list[str]
     peak: int
 
     @classmethod
     def count(cls, graph: GraphLowering, code: str) -> Backward:
         """Count what is in a graph whose code has been generated, in the graph's context."""
-        nodes = [node for node in graph.scheduler.nodes if _is_counted(node)]
-        read = written = 0
+        packings = {
+            node: Packing.of(_problem(node))
+            for node in graph.scheduler.nodes
+            if _operator(node) is PRUNED_INPUT_GRAD
+        }
+        copied = [size for packing in packings.values() for size in packing.copied]
+        read = sum(packing.read for packing in packings.values()) + sum(copied)
+        written = sum(packing.packed for packing in packings.values()) + sum(copied)
+        nodes = [n for n in graph.scheduler.nodes if _is_counted(n) and n not in packings]
         for node in nodes:
             writes = node.read_writes.writes
             results = {dep.name for dep in writes}
             written += _bytes(graph, writes)
             read += _bytes(graph, (d for d in node.read_writes.reads if d.name not in results))
-        pruned = [node for node in graph.orig_gm.graph.nodes if marks.DECISION in node.meta]
+        own = sum(map(_is_own_kernel, nodes)) + len(packings) + len(copied)
         return cls(
-            launches=code.count(".run(") + sum(map(_is_own_kernel, nodes)),
+            launches=code.count(".run(") + own,
             kernels=len(set(re.findall(r"^def (triton_\w+)", code, re.M))),
             read=read,
             written=written,
-            pruned=[_dense_bytes(node) for node in pruned],
+            pruned=_pruned(graph),
+            packed=[packing.packed for packing in packings.values()],
             unfused=[source for node in nodes for source in _unfused(graph, node)],
-            peak=_peak(graph),
+            peak=_peak(graph, packings),
         )
 
 
-def _dense_bytes(pruned: fx.Node) -> int:
-    """Return the bytes of the gradient that a pruned one is made of."""
-    shape = pruned.meta[marks.DECISION].grad_output_shape
-    return math.prod(shape) * int(pruned.meta["val"].itemsize)
+def _problem(product: BaseSchedulerNode) -> Problem:
+    """Return what a call of the sparse product's operator is given, without values."""
+    node: Any = product.node
+    return Problem(*value_of(node.get_origin_node().args))
+
+
+def _pruned(graph: GraphLowering) -> list[int]:
+    """Return the bytes of each gradient that is pruned."""
+    sizes = {}
+    for node in graph.orig_gm.graph.nodes:
+        mark = marks.COMPUTES if node.target is PRUNED_INPUT_GRAD else marks.DECISION
+        if decision := node.meta.get(mark):
+            # A layer has both marks where its statistics are recorded.
+            size = math.prod(decision.grad_output_shape) * node.meta["val"].itemsize
+            sizes[id(decision)] = size
+    return list(sizes.values())
 
 
 def _is_counted(node: BaseSchedulerNode) -> bool:
@@ -111,8 +164,13 @@ def _is_counted(node: BaseSchedulerNode) -> bool:
 
 
 def _is_own_kernel(node: BaseSchedulerNode) -> bool:
-    called = node.node.op_overload if isinstance(node.node, FallbackKernel) else None
+    called = _operator(node)
     return isinstance(called, torch._ops.OpOverload) and called.namespace == "sdgp"
+
+
+def _operator(node: BaseSchedulerNode) -> Any:
+    """Return the operator that a node calls; None if it is a generated kernel."""
+    return node.node.op_overload if isinstance(node.node, FallbackKernel) else None
 
 
 def _bytes(graph: GraphLowering, dependencies: Iterable[Dep]) -> int:
@@ -138,7 +196,7 @@ def _size(graph: GraphLowering, name: str) -> int:
 def _unfused(graph: GraphLowering, node: BaseSchedulerNode) -> list[str]:
     """Name what computes the gradients that are pruned in this launch but come from others."""
     if isinstance(node.node, FallbackKernel):
-        return ["not lowered"] if node.node.op_overload is PRUNE_NM else []
+        return ["not lowered"] if _operator(node) is PRUNE_NM else []
     results = {dep.name for dep in node.read_writes.writes}
     sources = []
     for part in node.get_nodes():
@@ -161,16 +219,22 @@ def _source(graph: GraphLowering, name: str) -> str:
     return "reduction" if node.is_reduction() else "pointwise kernel"
 
 
-def _peak(graph: GraphLowering) -> int:
-    scheduler = graph.scheduler
-    peak, _ = memory.prepare_planning_info(
+def _peak(graph: GraphLowering, packings: Mapping[BaseSchedulerNode, Packing]) -> int:
+    scheduler, results = graph.scheduler, OrderedSet(graph.get_output_names())
+    _, inputs = memory.prepare_planning_info(
         scheduler.nodes,
         scheduler.name_to_buf,
         scheduler.name_to_fused_node,
         OrderedSet(graph.graph_inputs),
-        OrderedSet(graph.get_output_names()),
+        results,
     )
-    return peak
+    peak, held = memory.estimate_peak_memory(scheduler.nodes, inputs, results)
+    # Inductor doesn't know what an operator holds by itself.
+    packed = {node: packing.packed + sum(packing.copied) for node, packing in packings.items()}
+    with_packed = (
+        size + packed.get(node, 0) for size, node in zip(held, scheduler.nodes, strict=False)
+    )
+    return max(peak, *with_packed)
 
 
 def plan(workloads: Sequence[Workload], config: SDGPConfig, monitor: bool) -> list[Task]:
@@ -211,6 +275,7 @@ def compare(workload: Workload, config: SDGPConfig, monitor: bool = False) -> li
             "which_layers": config.layers,
             "monitor": monitor,
             "layers": len(ours.pruned),
+            "sparse_layers": len(ours.packed),
             "pruned_bytes": pruned,
             "largest_pruned_bytes": max(ours.pruned, default=0),
             "stock": dataclasses.asdict(stock),
@@ -231,9 +296,14 @@ def compare(workload: Workload, config: SDGPConfig, monitor: bool = False) -> li
 
 
 def headline(rows: Sequence[Row]) -> list[str]:
-    """Name, for gradients that are pruned in launches of their own, what computes them."""
+    """Name what is pruned in launches of its own: for sparse products, or after other launches."""
     lines = []
     for row in rows:
+        if row["sparse_layers"]:
+            lines.append(
+                f"{row['model']}: {row['sparse_layers']} of {row['layers']} layers multiplied "
+                "sparsely, by a launch in place of the library's, after one that prunes and packs"
+            )
         if row["structure"] != "element":
             lines.append(f"{row['model']}: {row['extra_launches']} for {row['layers']} layers")
         for source, count in row["unfused"].items():
@@ -247,6 +317,7 @@ BENCHMARK = Benchmark(
     columns={
         "model": ("model", ""),
         "layers": ("layers", "d"),
+        "sparse": ("sparse_layers", "d"),
         "launches": ("stock_launches", "d"),
         "+launches": ("extra_launches", "+d"),
         "+kernels": ("extra_kernels", "+d"),
@@ -269,6 +340,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "GPU, as compiled by stock Inductor and by sdgp: launches and bytes of generated kernels "
         "and of the prune's own, without those of libraries. +GB/pruned are the bytes that sdgp "
         "adds, as a multiple of the pruned gradients' own; 1 is one write and nothing else. "
+        "--product sparse counts sparse products, where a layer has one on an H200: a launch that "
+        "prunes and packs, as the one that multiplies takes the place of a library's. "
         "+peak/largest is the growth of the peak memory as a multiple of the largest gradient. "
         "No GPU is used, and nothing is timed.",
         example="--model resnet18 --out traffic.json",

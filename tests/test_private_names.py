@@ -74,7 +74,7 @@ PRIVATE = {
     "torch._inductor.ir.FlexibleLayout": "stride_ordered",
     "torch._inductor.ir.TensorBox": "create",
     "torch._inductor.lowering": "fallback_handler register_lowering",
-    "torch._inductor.memory": "prepare_planning_info",
+    "torch._inductor.memory": "estimate_peak_memory prepare_planning_info",
     "torch._inductor.ops_handler": "DefaultHandler",
     "torch._inductor.runtime.hints.ReductionHint": "OUTER_TINY",
     "torch._inductor.scheduler": (

@@ -58,15 +58,22 @@ def problem_of(
     )
 
 
+def problem_without_values(
+    layer: Convolution, dtype: torch.dtype, n: int, m: int, prune: str
+) -> Problem:
+    """Return a problem of tensors that have shapes and no values."""
+    grad_output, weight = (
+        torch.empty(shape, dtype=dtype, device="meta") for shape in (layer.output, layer.weight)
+    )
+    return problem_of(layer, grad_output, weight, n, m, prune)
+
+
 def is_covered(workload: Workload, layer: Convolution, n: int, m: int, prune: str) -> bool:
     """Whether the device's product covers a layer."""
     if workload.device.type != "cuda":
         return True
-    grad_output, weight = (
-        torch.empty(shape, dtype=workload.torch_dtype, device="meta")
-        for shape in (layer.output, layer.weight)
-    )
-    return not cuda.why_not_covered(problem_of(layer, grad_output, weight, n, m, prune))
+    problem = problem_without_values(layer, workload.torch_dtype, n, m, prune)
+    return not cuda.why_not_covered(problem)
 
 
 def dense_input_grad(layer: Convolution, grad_output: Tensor, x: Tensor, weight: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ Until it launches a kernel, Inductor asks a GPU for nothing but its properties. 
 answered, a training step is traced with fake tensors (shapes, no values), and lowered, scheduled
 and written as code as it would be there. Nothing is run, nothing is timed.
 
-Everything here that stands in for the GPU is private to torch.
+Nearly everything here that stands in for the GPU is private to torch.
 """
 
 from __future__ import annotations
@@ -38,8 +38,9 @@ from triton.backends.compiler import GPUTarget
 from ..config import SDGPConfig
 from ..graph_pass import PruneInputGrads
 from ..inductor import lowering  # noqa: F401  (Importing it registers it.)
-from ..passes import profit
+from ..kernels.sparse import cuda
 
+CPU = torch.device("cpu")
 GPU = torch.device("cuda", 0)
 # An H100's or H200's. The sizes of caches and memory decide no code.
 PROPERTIES = types.SimpleNamespace(
@@ -81,18 +82,27 @@ def generate(
     Args:
         network: On the CPU, maps images to logits (N, classes). It is copied, without its values.
         images: (N, 3, H, W), on any device, "meta" too. Dtypes and strides of both are kept.
-        config: How sdgp prunes; None for stock Inductor.
+        config: How sdgp prunes; None for stock Inductor. Layers have the product that they have on
+            the GPU, but "auto" measures nothing there and leaves all dense.
         inspect: Called with each graph, the forward's before the backward's, and its code, after
             the code has been generated and in the graph's context (V.graph).
         monitor: As for `PruneInputGrads`.
     """
-    # The joint graph is made on the CPU, as autograd asks a GPU's driver for streams; it gets the
-    # order that one for a GPU has, and the layers that would be profitable there are pruned. Only a
-    # CPU has sparse products.
+    # The joint graph is made on the CPU, as autograd asks a GPU's driver for streams. The pass sees
+    # it on the GPU, so that it decides what it decides there.
+    options: dict[str, Any] = {}
     if config is not None:
-        config = dataclasses.replace(config, product="dense")
-    rewrite = config and PruneInputGrads(config, monitor=monitor, dense_half_first=())
-    options: dict[str, Any] = {"joint_custom_pre_pass": rewrite} if rewrite else {}
+        if config.product == "auto":
+            config = dataclasses.replace(config, product="dense")
+        prune = PruneInputGrads(config, monitor=monitor)
+
+        def rewrite(graph: fx.Graph) -> None:
+            with imitated_gpu():
+                _move(graph, GPU)
+                prune(graph)
+            _move(graph, CPU)
+
+        options["joint_custom_pre_pass"] = rewrite
     mode = FakeTensorMode()
     with FakeCopyMode(mode):
         network = copy.deepcopy(network)
@@ -110,7 +120,6 @@ def generate(
     compile_graph = functools.partial(compile_fx.compile_fx, inner_compile=compile_inner)
     with (
         mode,
-        mock.patch.dict(profit.COST, cpu=profit.COST["cuda"]),
         mock.patch.object(compile_fx, "compile_fx", compile_graph),
         mock.patch.object(decomposition, "is_gpu", return_value=True),
         functorch_config.patch(force_non_lazy_backward_lowering=True, enable_autograd_cache=False),
@@ -122,25 +131,30 @@ def generate(
 
 def on_gpu(gm: fx.GraphModule, inputs: Sequence[Any]) -> tuple[fx.GraphModule, list[Any]]:
     """Copy a graph and its fake inputs, with all their tensors on the GPU."""
-
-    def moved(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        return value.new_empty_strided(value.shape, value.stride(), device=GPU)
-
     graph = fx.Graph()
     graph.output(graph.graph_copy(gm.graph, {}))
+    _move(graph, GPU)
+    return fx.GraphModule(gm, graph), [_moved(value, GPU) for value in inputs]
+
+
+def _move(graph: fx.Graph, device: torch.device) -> None:
+    """Have all tensors of a graph on a device."""
     for node in graph.nodes:
         if "val" in node.meta:
-            node.meta["val"] = tree_map(moved, node.meta["val"])
+            node.meta["val"] = tree_map(functools.partial(_moved, device=device), node.meta["val"])
         if "device" in node.kwargs:
-            node.kwargs = {**node.kwargs, "device": GPU}
-    return fx.GraphModule(gm, graph), [moved(value) for value in inputs]
+            node.kwargs = {**node.kwargs, "device": device}
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return value.new_empty_strided(value.shape, value.stride(), device=device)
 
 
 @contextlib.contextmanager
 def gpu_codegen(inspect: Callable[[GraphLowering, str], None]) -> Iterator[None]:
-    """Have Inductor believe in a GPU, and give its code to inspect in place of running it."""
+    """Have Inductor write code for a GPU, and give that to inspect in place of running it."""
 
     def keep_code(graph: GraphLowering) -> Any:
         inspect(graph, graph.codegen()[0].value)
@@ -149,6 +163,13 @@ def gpu_codegen(inspect: Callable[[GraphLowering, str], None]) -> Iterator[None]
         module.call = _stop  # type: ignore[attr-defined]
         return module
 
+    with imitated_gpu(), mock.patch.object(GraphLowering, "_compile_to_module", keep_code):
+        yield
+
+
+@contextlib.contextmanager
+def imitated_gpu() -> Iterator[None]:
+    """Answer what torch, Triton and this package ask a GPU before they launch anything."""
     state = torch.zeros(16, dtype=torch.uint8)
     cudnn = torch._C._ConvBackend.Cudnn  # type: ignore[attr-defined]
     capability = f"{PROPERTIES.major}{PROPERTIES.minor}"
@@ -191,7 +212,8 @@ def gpu_codegen(inspect: Callable[[GraphLowering, str], None]) -> Iterator[None]
         (CudaInterface.Worker, "current_device", staticmethod(_answer(0))),
         (triton.runtime.driver, "_active", _Driver()),
         (triton.runtime.driver, "_default", _Driver()),
-        (GraphLowering, "_compile_to_module", keep_code),
+        # Whether this machine can compile a kernel says nothing of one with a GPU.
+        (cuda, "why_not", cuda.why_not_covered),
     ]
     with contextlib.ExitStack() as stack:
         for owner, name, value in replaced:

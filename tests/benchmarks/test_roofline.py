@@ -26,6 +26,7 @@ DENSE = Convolution(
 )
 # DENSE by hand: 2 * (2 * 128 * 8 * 8) * (64 * 9) operations, and the bytes of 16-bit values.
 FLOPS, INPUT, WEIGHT, OUTPUT = 18_874_368, 16_384, 147_456, 32_768
+PACKED = 2 * 128 * 10 * 10 * 2 * 9 // 16  # With a position of zeros on each side.
 
 
 def with_(**changes):
@@ -41,6 +42,7 @@ def test_a_layer_bound_by_its_operations():
             "fused": product + 18_432e-12,  # 9/16 of OUTPUT written
             "with_zeros": product + 32_768e-12,
             "separate": product + 51_200e-12,  # OUTPUT read, 9/16 of it written
+            "packed": product + (OUTPUT + PACKED) / 1e12,
         },
         rel=1e-12,
     )
@@ -57,6 +59,7 @@ def test_a_layer_bound_by_its_bytes():
             "fused": (compressed + 18_432) / 1e12,
             "with_zeros": (dense + OUTPUT) / 1e12,
             "separate": (compressed + 51_200) / 1e12,
+            "packed": (INPUT + WEIGHT + PACKED + OUTPUT + PACKED) / 1e12,
         },
         rel=1e-12,
     )
@@ -103,6 +106,21 @@ def test_saved_where_it_pays_and_everywhere():
     assert row["with_zeros_layers"] == 2
 
 
+def test_what_is_not_covered_saves_nothing_packed():
+    """The product has stride 1 alone."""
+    rates = roofline.Rates(1e12, 1e12)
+    strided = with_(output=(2, 128, 4, 4), stride=(2, 2))
+    assert {*roofline.costs(strided, rates, 2).pruned} == {*roofline.PRUNES}
+    row = roofline.summary("x", {strided: 1}, "y", rates, 2)
+    assert row["separate"] > 0
+    assert row["packed"] == row["packed_all"] == row["covered_layers"] == 0
+    both = roofline.summary("x", {strided: 1, DENSE: 2}, "y", rates, 2)
+    alone = roofline.costs(DENSE, rates, 2)
+    saved = 2 * (alone.input_gradient - alone.pruned["packed"])
+    assert both["packed"] * both["dense_ms"] == pytest.approx(1e3 * saved)
+    assert both["covered_layers"] == both["packed_layers"] == 2
+
+
 def test_the_figures_in_the_repository_are_what_it_counts():
     saved = json.loads((RESULTS / "roofline.json").read_text())
     tasks = roofline.BENCHMARK.tasks(torch.device("cpu"), saved["settings"])
@@ -147,7 +165,8 @@ def test_errors_are_of_one_line(capsys, option, value, message):
 
 def test_the_guide_has_these_figures():
     rows = json.loads((RESULTS / "roofline.json").read_text())["rows"]
-    prunes = [name + which for name in roofline.PRUNES for which in ("", "_all")]
+    ways = (*roofline.PRUNES, roofline.PACKED)
+    prunes = [name + which for name in ways for which in ("", "_all")]
     table = [
         [row["model"], row["gpu"], f"{row['speedup']:g} x", *(f"{row[p]:.1%}" for p in prunes)]
         for row in rows

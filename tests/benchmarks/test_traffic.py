@@ -12,8 +12,10 @@ pytest.importorskip("triton", reason="needs Triton")
 
 import sdgp_fx
 from benchmarks import traffic
+from benchmarks.harness.input_gradients import problem_of
 from sdgp_fx import SDGPConfig
 from sdgp_fx.inspection.gpu_codegen import generate
+from sdgp_fx.measurement.convolutions import Convolution
 from sdgp_fx.measurement.workload import Workload
 
 ROOT = Path(__file__).parents[2]
@@ -41,6 +43,25 @@ class Net(nn.Module):
 
     def forward(self, x):
         return self.second(self.first(x).relu()).square().mean((2, 3))
+
+
+class ThreeLayers(nn.Sequential):
+    """Three layers, of which the second has a sparse product on GPUs.
+
+    Its weight is frozen, so that its input gradient is where the most memory is held.
+    """
+
+    def __init__(self):
+        super().__init__(
+            nn.Conv2d(3, 128, 3, bias=False),
+            nn.Conv2d(128, 64, 3, padding=1, bias=False),
+            nn.ReLU(),
+            nn.Conv2d(64, 16, 1, bias=False),
+        )
+        self[1].weight.requires_grad_(False)
+
+    def forward(self, x):
+        return super().forward(x).square().mean((2, 3))
 
 
 def count(model, images, **options):
@@ -95,6 +116,48 @@ def test_an_own_kernel_is_counted():
     assert ours.unfused == ["not lowered"]
 
 
+def test_a_sparse_product_adds_a_launch_that_packs():
+    """It reads the gradient, and writes 9/16 of it with a position of zeros on each side.
+
+    The last layer is not covered: its pruned gradient is written with its zeros.
+    """
+    model = ThreeLayers().bfloat16().to(memory_format=torch.channels_last)
+    counted = count(model, channels_last(8, 3, 34, 34), product="sparse")
+    (stock, _), (ours, code) = counted["stock"], counted["sdgp"]
+    gradient, last = 8 * 64 * 32 * 32 * 2, 8 * 16 * 32 * 32 * 2
+    packed = 8 * 64 * 34 * 34 * 2 * 9 // 16
+    assert sorted(ours.pruned) == [last, gradient]
+    assert ours.packed == [packed]
+    assert ours.launches == stock.launches + 1
+    assert ours.kernels == stock.kernels
+    assert ours.read == stock.read + gradient
+    assert ours.written == stock.written + last + packed
+    assert code.count("sdgp.pruned_input_grad.default(") == 1
+    # Of the weights of the first and the last layer, and of the last one's input.
+    assert code.count("convolution_backward.default(") == 3
+    assert 0 <= ours.peak - (gradient + 2 * gradient + packed) < gradient // 4
+
+
+def test_the_copies_of_a_sparse_product_are_counted():
+    """It computes in channels-last memory; the channels of a 1x1 weight are adjacent already."""
+    shapes = {"output": (2, 64, 8, 8), "weight": (64, 32, 1, 1), "input": (2, 32, 8, 8)}
+    geometry = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "output_padding": (0, 0)}
+    layer = Convolution(**shapes, **geometry, transposed=False, groups=1, needs_input_gradient=True)
+    grad_output, weight = (
+        torch.empty(shapes[name], dtype=torch.bfloat16, device="meta")
+        for name in ("output", "weight")
+    )
+    gradient, result = grad_output.nbytes, grad_output.nbytes // 2
+    for format_, copied in {
+        torch.channels_last: [],
+        torch.contiguous_format: [gradient, result],
+    }.items():
+        problem = problem_of(
+            layer, grad_output.contiguous(memory_format=format_), weight, 2, 4, "magnitude"
+        )
+        assert traffic.Packing.of(problem) == (gradient, gradient * 9 // 16, copied)
+
+
 @pytest.mark.slow
 def test_a_residual_network_writes_the_pruned_gradients_and_no_more(monkeypatch):
     """A launch, a transposing copy, or a second read of a gradient more would show here."""
@@ -135,6 +198,21 @@ def test_the_documentation_has_these_figures():
         assert f"|\n{table}\n" in (ROOT / page).read_text()
 
 
+def test_the_documentation_has_the_figures_of_sparse_products():
+    results = ROOT / "benchmarks" / "results"
+    rows = json.loads((results / "traffic_sparse.json").read_text())["rows"]
+    stock = json.loads((results / "traffic.json").read_text())["rows"]
+    assert [row["stock_gb"] for row in rows] == [row["stock_gb"] for row in stock[: len(rows)]]
+    lines = [
+        f"| {row['model']} | {row['sparse_layers']} of {row['layers']} | {row['extra_launches']} "
+        f"| {row['extra_read_gb']:.2f} | {sum(row['sdgp']['packed']) / 1e9:.2f} "
+        f"| {row['extra_written_gb']:.2f} | {row['extra_bytes_per_pruned']:.4f} "
+        f"| {row['extra_peak_per_largest']:.2f} |\n"
+        for row in rows
+    ]
+    assert f"|\n{''.join(lines)}\n" in (ROOT / "docs" / "benchmarks.md").read_text()
+
+
 def test_a_recorded_step_reads_both_gradients_again(monkeypatch):
     monkeypatch.setattr(Workload, "build", lambda self: Net())
     workload, config = Workload("resnet18", 8, 34), SDGPConfig(**RESCALED)
@@ -148,16 +226,18 @@ def test_a_recorded_step_reads_both_gradients_again(monkeypatch):
 
 
 def test_command(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(Workload, "build", lambda self: Net())
+    monkeypatch.setattr(Workload, "build", lambda self: ThreeLayers())
     out = tmp_path / "out.json"
     tiny = ["--model", "test_resnet", "--batch", "4", "--size", "64"]
-    assert traffic.main([*tiny, "--prune", "random", "--out", str(out)]) == 0
+    options = ["--prune", "random", "--product", "sparse", "--monitor"]
+    assert traffic.main([*tiny, *options, "--out", str(out)]) == 0
     saved = json.loads(out.read_text())
     (row,) = saved["rows"]
     assert (row["model"], row["prune"]) == ("test_resnet", "random")
     assert row["stock"]["launches"] + row["extra_launches"] == row["sdgp"]["launches"]
     assert sum(row["sdgp"]["pruned"]) == row["pruned_bytes"]
-    assert "test_resnet" in capsys.readouterr().out
+    assert (row["layers"], row["sparse_layers"]) == (2, 1)
+    assert "test_resnet: 1 of 2 layers multiplied sparsely" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
