@@ -19,8 +19,7 @@ def dense_twin(product, tile):
     N = T.dynamic("batch")
     dtype = getattr(T, product.dtype)
     C, F = product.out_channels, product.in_channels
-    rows, columns, depth, stages, threads, specialized = tile
-    policy = T.GemmWarpPolicy.FullRow if specialized else T.GemmWarpPolicy.Square
+    rows, columns, depth, stages, threads, _ = tile
 
     @T.prim_func
     def input_grad(
@@ -36,7 +35,7 @@ def dense_twin(product, tile):
             for step in T.Pipelined(C // depth, num_stages=stages):
                 T.copy(gradient[by * rows, step * depth], a)
                 T.copy(weight[step * depth, bx * columns], b)
-                T.gemm(a, b, c, policy=policy)
+                T.gemm(a, b, c)
             T.copy(c, out[by * rows, bx * columns])
 
     return input_grad
