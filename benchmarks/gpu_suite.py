@@ -124,9 +124,9 @@ def suite(quick: bool, processes: int) -> list[Part]:
         return Part(name, prune_op.BENCHMARK, {**prune, **settings}, share)
 
     return [
-        Part("kernels", KERNELS, kernels, 0.2, check=True),
-        Part("network", NETWORK, network, 0.2, check=True),
         Part("products_check", PRODUCTS, check, 0.15, check=True),
+        Part("kernels", KERNELS, kernels, 0.15, check=True),
+        Part("network", NETWORK, network, 0.15, check=True),
         *map(multiply, resnets),
         *map(train, resnets),
         Part("ceilings", ceilings.BENCHMARK, best, 0.05),

@@ -41,7 +41,13 @@ def find(product: Product, tile: Tile, architecture: str) -> Binary | None:
     path = path_of(product, tile, architecture)
     if path.exists():
         return read(path)
-    return None if why_no_compiler() else build(product, tile, architecture)
+    if why_no_compiler():
+        return None
+    try:
+        return build(product, tile, architecture)
+    except Exception as error:  # Of a compiler in Python and one in C++, anything.
+        log.warning("%s does not compile for %s: %s", product, architecture, error)
+        return None
 
 
 def build(product: Product, tile: Tile, architecture: str) -> Binary:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import driver
-from .binaries import Binary, find, path_of, why_no_compiler
+from .binaries import Binary, find, why_no_compiler
 from .packed import Packed, can_pack
 from .problem import Problem
 from .tensor_cores import ARCHITECTURES, IN_CHANNELS, OUT_CHANNELS, Product, tiles
@@ -130,28 +130,24 @@ def launch(binary: Binary, product: Product, packed: Packed, weight: Tensor, out
     driver.launch(binary, out.device, grid, tensors, batch)
 
 
-@functools.cache
 def _why_no_kernel(product: Product, device: torch.device) -> str:
-    """Return why a product has no kernel on a GPU; "" if it has one, or one can be compiled."""
-    architecture = ARCHITECTURES[torch.cuda.get_device_capability(device)]
-    why = why_no_compiler()
-    if why and not path_of(product, tiles(product, architecture)[0], architecture).exists():
-        return why
-    return ""
+    """Return why a product has no kernel on a GPU; "" if it has one. It may compile it."""
+    if _find(product, device) is not None:
+        return ""
+    return why_no_compiler() or "the sparse product does not compile"
+
+
+def binary_of(product: Product, device: torch.device) -> Binary:
+    """Return the kernel that computes a product on a device, which has one."""
+    binary = _find(product, device)
+    assert binary is not None
+    return binary
 
 
 @functools.cache
-def binary_of(product: Product, device: torch.device) -> Binary:
-    """Return the kernel that computes a product on a device.
-
-    Raises:
-        RuntimeError: There is none, and it cannot be compiled.
-    """
+def _find(product: Product, device: torch.device) -> Binary | None:
     architecture = ARCHITECTURES[torch.cuda.get_device_capability(device)]
-    binary = find(product, tiles(product, architecture)[0], architecture)
-    if binary is None:
-        raise RuntimeError(f"no kernel for {product} on {architecture}: {why_no_compiler()}")
-    return binary
+    return find(product, tiles(product, architecture)[0], architecture)
 
 
 def _is_matrix(problem: Problem) -> bool:

@@ -1,8 +1,9 @@
 """Test that compiled kernels are kept, found again, and found where nothing can be compiled."""
 
 import pytest
+import torch
 
-from sdgp_fx.kernels.sparse import binaries, store
+from sdgp_fx.kernels.sparse import binaries, cuda, store
 from sdgp_fx.kernels.sparse.binaries import Binary
 from sdgp_fx.kernels.sparse.tensor_cores import ARCHITECTURES, Kernel, Product, Tile, tiles
 
@@ -57,6 +58,23 @@ def test_a_kernel_of_another_machine_is_found(compiled, monkeypatch):
     assert binaries.find(PRODUCT, TILE, "sm_90").kernel == KERNEL
     assert binaries.find(PRODUCT, TILE, "sm_80") is None
     assert len(compiled) == 1
+
+
+def test_what_does_not_compile_is_told_once(compiled, monkeypatch, caplog):
+    from sdgp_fx.kernels.sparse import tilelang_kernel
+
+    def fail(*asked):
+        raise RuntimeError("no such instruction")
+
+    monkeypatch.setattr(tilelang_kernel, "compile_cubin", fail)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    cuda._find.cache_clear()
+    gpu = torch.device("cuda")
+    whys = [cuda._why_no_kernel(PRODUCT, gpu) for _ in range(2)]
+    assert whys == ["the sparse product does not compile"] * 2
+    (record,) = caplog.records
+    assert "no such instruction" in record.getMessage()
+    cuda._find.cache_clear()
 
 
 def test_other_texts_make_other_kernels(compiled, monkeypatch):
