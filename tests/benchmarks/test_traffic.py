@@ -135,7 +135,8 @@ def test_a_sparse_product_adds_a_launch_that_packs():
     assert code.count("sdgp.pruned_input_grad.default(") == 1
     # Of the weights of the first and the last layer, and of the last one's input.
     assert code.count("convolution_backward.default(") == 3
-    assert 0 <= ours.peak - (gradient + 2 * gradient + packed) < gradient // 4
+    # Weights, and what is left of the last layer, are small.
+    assert abs(ours.peak - (gradient + 2 * gradient + packed)) < gradient // 4
 
 
 def test_the_copies_of_a_sparse_product_are_counted():
