@@ -18,7 +18,7 @@ def compile_for_cpu(kernel, folder):
 lower = functools.cache(lower)
 
 
-def launch(kernel, folder, grid, tensors, batch):
+def launch(kernel, folder, blocks, tensors, batch):
     """Launch a kernel as `driver.launch` does, on tensors of the CPU."""
     maps = {}
     if kernel.tensor_map:
@@ -30,4 +30,4 @@ def launch(kernel, folder, grid, tensors, batch):
     # As they lie in memory.
     tensors |= {name: tensors[name].movedim(1, -1) for name in ("weight", "out")}
     run = compile_for_cpu(kernel, folder)
-    run(grid, kernel.threads, kernel.shared_bytes, maps, batch=batch, **tensors)
+    run((blocks,), kernel.threads, kernel.shared_bytes, maps, batch=batch, **tensors)

@@ -125,9 +125,9 @@ def launch(binary: Binary, product: Product, packed: Packed, weight: Tensor, out
     tensors = {**packed._asdict(), "weight": weight, "out": out}
     rows = out.numel() // product.in_channels
     tile = binary.kernel.tile
-    grid = (-(-product.in_channels // tile.columns), -(-rows // tile.rows))
+    blocks = product.in_channels // tile.columns * -(-rows // tile.rows)
     batch = rows // (product.height * product.width)
-    driver.launch(binary, out.device, grid, tensors, batch)
+    driver.launch(binary, out.device, blocks, tensors, batch)
 
 
 def _why_no_kernel(product: Product, device: torch.device) -> str:

@@ -28,14 +28,13 @@ class _TensorMap(ctypes.Structure):
 def launch(
     binary: Binary,
     device: torch.device,
-    grid: Sequence[int],
+    blocks: int,
     tensors: Mapping[str, torch.Tensor],
     batch: int,
 ) -> None:
     """Launch a kernel on the current stream of a device.
 
     Args:
-        grid: Blocks, in up to three dimensions.
         tensors: By the names of the kernel's arguments; "weight" is also read through its tensor
             map. They have to live until the stream is done, as torch sees to for its own.
 
@@ -59,8 +58,7 @@ def launch(
     with torch.cuda.device(device):
         function = _load(binary, torch.cuda.current_device())
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        blocks = [*grid, 1, 1][:3]
-        shape = (*blocks, kernel.threads, 1, 1, kernel.shared_bytes)
+        shape = (blocks, 1, 1, kernel.threads, 1, 1, kernel.shared_bytes)
         _call("cuLaunchKernel", function, *map(ctypes.c_uint, shape), stream, addresses, None)
 
 

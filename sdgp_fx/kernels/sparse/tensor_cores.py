@@ -75,7 +75,7 @@ class Kernel(NamedTuple):
         entry: Name of the function.
         arguments: Names of its parameters, in order: "values", "places", "weight" and "out" are
             pointers, "weight_desc" is the tensor map of the weight, "batch" an int.
-        tile: What a block computes; the grid is (columns, rows).
+        tile: What a block computes; blocks go through columns first.
         threads: Of a block.
         shared_bytes: Dynamic shared memory of a block.
         tensor_map: Arguments of cuTensorMapEncodeTiled after the address: data type, rank, sizes,

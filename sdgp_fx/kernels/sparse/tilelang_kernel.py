@@ -98,6 +98,8 @@ def _input_grad(product: Product, tile: Tile, wgmma: bool) -> Any:
     dh, dw = product.dilation
     padded = product.padded
     rows, columns, depth, stages, threads, specialized = tile
+    # Neighbours read the same rows. Only one dimension takes more than 65535 blocks.
+    across = F // columns
     # A warpgroup of wgmma.sp takes whole rows of tiles, a warp of mma.sp a square.
     policy = T.GemmWarpPolicy.FullRow if wgmma else T.GemmWarpPolicy.Square
 
@@ -108,10 +110,9 @@ def _input_grad(product: Product, tile: Tile, wgmma: bool) -> Any:
         weight: T.Tensor((C, kh * kw, F), dtype),
         out: T.Tensor((N * positions, F), dtype),
     ) -> None:
-        with T.Kernel(T.ceildiv(F, columns), T.ceildiv(N * positions, rows), threads=threads) as (
-            bx,
-            by,
-        ):
+        with T.Kernel(across * T.ceildiv(N * positions, rows), threads=threads) as block:
+            bx = block % across
+            by = block // across
             a = T.alloc_shared((rows, depth // 2), dtype)
             e = T.alloc_shared((rows, depth // 16), T.int16)
             b = T.alloc_shared((depth, columns), dtype)

@@ -101,7 +101,7 @@ def launch(library, monkeypatch):
 
     def run(kernel, tensors, batch):
         before = len(library.calls())
-        driver.launch(Binary(kernel, b"cubin"), torch.device("cuda"), (3, 5), tensors, batch)
+        driver.launch(Binary(kernel, b"cubin"), torch.device("cuda"), 70_000, tensors, batch)
         return json.loads(b"[" + library.calls()[before:].rstrip(b",") + b"]")
 
     return run
@@ -116,7 +116,10 @@ def test_a_launch(launch):
     tensors = {name: torch.empty(8) for name in ("out", "weight", "values")}
     encode = ["encode", 0, low(tensors["weight"]), 9, 3, 96, 64, 9, 1728, 192, 32, 64, 1]
     encode += [1, 1, 1, 0, 2, 2, 0]
-    again = [encode, ["launch", 32, 3, 5, 1, 256, 52224, 77, low(tensors["out"]), "encoded", 6]]
+    again = [
+        encode,
+        ["launch", 32, 70_000, 1, 1, 256, 52224, 77, low(tensors["out"]), "encoded", 6],
+    ]
     first = [
         encode,
         ["load", "cubin"],
