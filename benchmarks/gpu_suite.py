@@ -79,7 +79,7 @@ def suite(quick: bool, processes: int) -> list[Part]:
     format_ = {"memory_format": "channels_last", "cudnn_benchmark": False}
     deterministic = [v for v in command.VARIANTS if v[0] in ("magnitude", "rescaled_magnitude")]
 
-    kernels = {"ms": (4,) if quick else (4, 2, 8, 16, 32), "processes": processes}
+    kernels = {"ms": (2,) if quick else (4, 2, 8, 16, 32), "processes": processes}
     network: dict[str, Any] = {
         "variants": deterministic,
         "memory_formats": list(MEMORY_FORMATS),

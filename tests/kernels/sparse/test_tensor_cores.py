@@ -60,10 +60,11 @@ def input_grad(product, pruned, weight):
     return torch.nn.grad.conv2d_input(size, double[1], double[0], dilation=product.dilation)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("name", SHAPES)
-def test_every_tile_gives_the_input_gradient(name, architecture, folder, monkeypatch):
-    product, batch = SHAPES[name], 131 if name == "1x1" else 3
+def test_every_tile_gives_the_input_gradient(name, architecture, dtype, folder, monkeypatch):
+    product, batch = SHAPES[name]._replace(dtype=dtype), 131 if name == "1x1" else 3
     # Narrower ones than the widest are left to the other shapes.
     fitting = tiles(product, architecture)
     widest = [tile for tile in fitting if tile.columns == max(tile.columns for tile in fitting)]
