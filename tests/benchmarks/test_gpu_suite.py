@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import time
 from functools import partial
 
@@ -209,6 +210,24 @@ def test_the_suite_runs_on_the_cpu(tmp_path, capsys, monkeypatch):
     assert lines[1] == "dry run with small shapes: the figures mean nothing"
     assert any(line.startswith("kernels against the reference: 72 of 72") for line in lines)
     assert any(line.startswith("compiled network against eager: 1 of 1") for line in lines)
+
+
+@pytest.mark.parametrize("suite_code", [0, 1])
+def test_the_rest_of_the_time_trains_the_table(suite_code, tmp_path, monkeypatch):
+    commands = []
+
+    def run(command, check):
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 7)
+
+    monkeypatch.setattr(gpu_suite, "run_suite", lambda *arguments: suite_code)
+    monkeypatch.setattr(subprocess, "run", run)
+    arguments = ["--device", "cpu", "--quick", "--out", str(tmp_path), "--root", "cifar"]
+    assert gpu_suite.main(arguments) == (1 if suite_code else 7)
+    assert len(commands) == 1 - suite_code
+    for command in commands:
+        assert command[1:4] == ["-m", "benchmarks.paper", "table1"]
+        assert {"--root", "cifar", str(tmp_path / "table1.json")} <= set(command)
 
 
 @pytest.mark.gpu

@@ -167,41 +167,6 @@ def emulate(source, cache_dir):
     return run
 
 
-def launch(host, source, **sizes):
-    """Read from the host's module, as text, how it launches a kernel.
-
-    Args:
-        host: The text of TileLang's host module (`str(artifact.host_mod)`).
-        source: The kernel's generated source.
-        sizes: The values of dynamic sizes.
-
-    Returns:
-        `grid`, `threads`, `shared_bytes` and `maps`, as the function of `emulate` takes them.
-    """
-
-    def calls(callee):
-        for text in re.findall(rf'T\.call_packed\("{callee}", (.*)\)\n', host):
-            yield re.split(r",\s*(?![^()]*\))", text)
-
-    def value(text):
-        return eval(text, {"__builtins__": {}}, sizes)
-
-    maps = {}
-    for parameter, _, rank, tensor, *numbers in calls("__tvm_tensormap_create_tiled"):
-        rank = int(rank)
-        numbers = [value(number) for number in numbers]
-        size, stride, box, step = (tuple(numbers[i : i + rank]) for i in range(0, 4 * rank, rank))
-        interleave, swizzle, _, fill = numbers[4 * rank :]
-        assert (interleave, fill) == (0, 0)
-        assert set(step) == {1}
-        maps[parameter] = TensorMap(tensor, stride[0], size, stride, box, (0, 32, 64, 128)[swizzle])
-    name, parameters = _signature(source)
-    (call,) = calls(name)
-    *grid, threads, y, z, shared_bytes = [value(text) for text in call[len(parameters) :]]
-    assert y == z == 1
-    return {"grid": grid, "threads": threads, "shared_bytes": shared_bytes, "maps": maps}
-
-
 def _map(map_, tensors):
     def padded(numbers):
         return (ctypes.c_int64 * 5)(*numbers)

@@ -12,7 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from .emulator import EmulationError, TensorMap, emulate, launch
+from sdgp_fx.kernels.reference import prune_nm
+from sdgp_fx.kernels.sparse.packed import pack
+
+from .emulator import EmulationError, TensorMap, emulate
 
 DATA = Path(__file__).parent / "data"
 HEIGHT, WIDTH, OUT_CHANNELS, IN_CHANNELS, BATCH = 5, 7, 64, 128, 3
@@ -55,15 +58,9 @@ def cache_dir(tmp_path_factory):
 
 def pruned_gradient(batch, dtype):
     """Return a gradient pruned to 2:4, and the kernels' values and places of what is kept."""
-    groups = torch.randn(batch, HEIGHT, WIDTH, OUT_CHANNELS // 4, 4).to(dtype)
-    kept = groups.abs().float().topk(2, -1).indices.sort(-1).values
-    pruned = torch.zeros_like(groups).scatter(-1, kept, groups.gather(-1, kept)).flatten(-2)
-    # A border of zeros, whose places are 0 and 1.
-    halo = (0, 0, 1, 1, 1, 1)
-    values = torch.nn.functional.pad(groups.gather(-1, kept).flatten(-2), halo)
-    fours = (kept[..., 0] | kept[..., 1] << 2).unflatten(-1, (-1, 4))
-    places = (fours << torch.tensor([0, 4, 8, 12])).sum(-1).to(torch.int32).to(torch.int16)
-    return pruned.permute(0, 3, 1, 2), values, torch.nn.functional.pad(places, halo, value=0x4444)
+    gradient = torch.randn(batch, OUT_CHANNELS, HEIGHT, WIDTH).to(dtype)
+    pruned = prune_nm(gradient, None, 2, 4, "magnitude", "group")
+    return pruned, *pack(pruned, (1, 1))
 
 
 def error_of(source, cache_dir, batch=BATCH, dtype=torch.bfloat16, change_places=None):
@@ -90,8 +87,8 @@ def error_of(source, cache_dir, batch=BATCH, dtype=torch.bfloat16, change_places
         threads=256 if "wgmma" in source else 128,
         shared_bytes=25600,
         maps={"weight_desc": weight_map} if "weight_desc" in source else {},
-        values=values.contiguous(),
-        places=places.contiguous(),
+        values=values,
+        places=places,
         weight=weight.flatten(2).transpose(1, 2).contiguous(),
         out=out,
         N=batch,
@@ -285,26 +282,6 @@ def test_tma_store_mutation(mutation, cache_dir):
         source = source.replace(old, new)
     with pytest.raises(EmulationError, match=message):
         store(source, cache_dir)
-
-
-def test_launch_is_read_from_the_host():
-    host = """
-            T.call_packed("__tvm_tensormap_create_tiled", weight_desc, 9, 3, weight, 128, 64, 9, \
-2, 2304, 256, 64, 32, 1, 1, 1, 1, 0, 3, 2, 0)
-            T.call_packed("kernel_kernel", out, places, values, weight_desc, N, \
-2, (N * 35 + 63) // 64, 256, 1, 1, 25600)
-        return 0
-"""
-    assert launch(host, SOURCES["sm_90 rs"], N=BATCH) == {
-        "grid": [2, 2],
-        "threads": 256,
-        "shared_bytes": 25600,
-        "maps": {
-            "weight_desc": TensorMap(
-                "weight", 2, (128, 64, 9), (2, 2304, 256), box=(64, 32, 1), swizzle=128
-            )
-        },
-    }
 
 
 @pytest.mark.parametrize(

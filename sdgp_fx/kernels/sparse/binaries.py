@@ -35,7 +35,6 @@ def path_of(product: Product, tile: Tile, architecture: str) -> Path:
     return store.folder() / f"{architecture}-{digest}.json"
 
 
-@functools.cache
 def find(product: Product, tile: Tile, architecture: str) -> Binary | None:
     """Return a binary, compiling it if need be; None if it is not there and cannot be compiled."""
     path = path_of(product, tile, architecture)

@@ -6,13 +6,12 @@ import hashlib
 import json
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import store
-from .op import PRUNED_INPUT_GRAD
+from .op import PRUNED_INPUT_GRAD, dense_input_grad
 from .problem import Problem
 
 NOT_FASTER = "measured to be faster"
@@ -67,23 +66,23 @@ def measure(problem: Problem) -> dict[str, float]:
 
 def products_of(problem: Problem) -> dict[str, Callable[[], Tensor]]:
     """Return functions that compute the input gradient: "sparse", and "dense" without a prune."""
-    grad_output, weight, *_, input_size, stride, padding, dilation, transposed, groups = problem
-    if grad_output.dim() == 2:
-        dense: Callable[[], Any] = partial(torch.mm, grad_output, weight)
-    else:
-        x = grad_output.new_empty(1).expand(tuple(input_size))
-        dense = partial(
-            torch.ops.aten.convolution_backward,
-            *(grad_output, x, weight, None, stride, padding, dilation, transposed),
-            *([0] * len(stride), groups, [True, False, False]),
-        )
+    grad_output, weight, *_ = problem
+    is_matrix = grad_output.dim() == 2
+    dense = (
+        partial(torch.mm, grad_output, weight) if is_matrix else partial(dense_input_grad, problem)
+    )
     return {"sparse": partial(PRUNED_INPUT_GRAD, *problem), "dense": dense}
 
 
 def _with_noise(problem: Problem) -> Problem:
-    """Return the problem with real tensors on its device, of the same strides."""
+    """Return the problem with real tensors on its device, of the same order of strides.
+
+    Expanded ones get memory of their own.
+    """
     grad_output, weight = (
-        torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device).normal_()
+        torch.empty_strided(
+            t.shape, torch.empty_like(t).stride(), dtype=t.dtype, device=t.device
+        ).normal_()
         for t in (problem.grad_output, problem.weight)
     )
     seed = torch.zeros(1, dtype=torch.int64, device=grad_output.device)

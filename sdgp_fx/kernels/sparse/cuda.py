@@ -13,14 +13,12 @@ from .packed import Packed, can_pack
 from .problem import Problem
 from .tensor_cores import ARCHITECTURES, IN_CHANNELS, OUT_CHANNELS, Product, tiles
 
-DTYPES = (torch.bfloat16, torch.float16)
-
 
 def why_not(problem: Problem) -> str:
     """Return why a problem has no sparse product on its GPU, which has some; "" if it has one.
 
     Args:
-        problem: Of one of DTYPES.
+        problem: Of one of `packed.DTYPES`.
     """
     if why := why_not_covered(problem):
         return why

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from . import cpu, cuda
+from . import cpu, cuda, packed
 from .problem import Problem, check, check_sizes, empty_result
 
 
@@ -31,12 +31,12 @@ def why_no_product(dtype: torch.dtype, device: torch.device) -> str:
 
     The first call for a CPU may compile it, which takes seconds.
     """
-    skip_zeros = {"cpu": cpu, "cuda": cuda}.get(device.type)
-    if skip_zeros is None:
+    dtypes = {"cpu": cpu.DTYPES, "cuda": packed.DTYPES}.get(device.type)
+    if dtypes is None:
         return "no sparse product for this device"
-    if dtype not in skip_zeros.DTYPES:
+    if dtype not in dtypes:
         return "dtype not supported by the sparse product"
-    return cuda.why_no_architecture(device) if skip_zeros is cuda else cpu.why_not_compiled()
+    return cuda.why_no_architecture(device) if device.type == "cuda" else cpu.why_not_compiled()
 
 
 @torch.library.custom_op(
@@ -93,22 +93,30 @@ def _(*arguments: Any) -> Tensor:
 def _dense(problem: Problem) -> Tensor:
     """Compute the operator by the reference and a dense product, on any device."""
     check(problem)
-    output_padding = check_sizes(problem)
-    grad_output, weight, seed, n, m, prune, rescale, input_size, *layer = problem
+    grad_output, _, seed, n, m, prune, rescale, *_ = problem
     pruned = reference.prune_nm(grad_output, seed, n, m, prune, rescale)
     result = empty_result(problem)
+    input_grad = dense_input_grad(problem._replace(grad_output=pruned))
+    return result.copy_(input_grad.view_as(result))
+
+
+def dense_input_grad(problem: Problem) -> Tensor:
+    """Compute the input gradient by the library, of the gradient as it is: nothing is pruned."""
+    output_padding = check_sizes(problem)
+    grad_output, weight, *_, input_size, stride, padding, dilation, transposed, groups = problem
+    geometry = [stride, padding, dilation]
     if grad_output.dim() == 2:
-        pruned, weight, input_size = pruned[..., None], weight[..., None], (*input_size, 1)
-        layer[:3], output_padding = [[1], [0], [1]], [0]
-    *geometry, groups = layer
-    input_grad, _, _ = torch.ops.aten.convolution_backward(
-        pruned,
-        pruned.new_empty(1).expand(tuple(input_size)),
+        grad_output, weight = grad_output[..., None], weight[..., None]
+        input_size, geometry, output_padding = (*input_size, 1), [[1], [0], [1]], [0]
+    input_grad: Tensor = torch.ops.aten.convolution_backward(
+        grad_output,
+        grad_output.new_empty(1).expand(tuple(input_size)),
         weight,
         None,
         *geometry,
+        transposed,
         output_padding,
         groups,
         [True, False, False],
-    )
-    return result.copy_(input_grad.view_as(result))
+    )[0]
+    return input_grad

@@ -11,6 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# What sparse tensor cores multiply two of four values of.
+DTYPES = (torch.bfloat16, torch.float16)
+
 # Channels whose places are one int16.
 CHANNELS_OF_PLACES = 16
 

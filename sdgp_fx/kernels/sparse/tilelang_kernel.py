@@ -103,6 +103,11 @@ def _input_grad(product: Product, tile: Tile, wgmma: bool) -> Any:
     # A warpgroup of wgmma.sp takes whole rows of tiles, a warp of mma.sp a square.
     policy = T.GemmWarpPolicy.FullRow if wgmma else T.GemmWarpPolicy.Square
 
+    def position_of(row: Any, tap: Any) -> tuple[Any, Any, Any]:
+        """Return where the packed gradient has what a row of the result reads for a tap."""
+        at = T.min(row, N * positions - 1)
+        return at // positions, at % positions // W + tap // kw * dh, at % W + tap % kw * dw
+
     @T.prim_func
     def input_grad(
         values: T.Tensor((N, *padded, C // 2), dtype),
@@ -127,21 +132,11 @@ def _input_grad(product: Product, tile: Tile, wgmma: bool) -> Any:
                 tap = step // (C // depth)
                 part = step % (C // depth)
                 for i, j in T.Parallel(rows, depth // 2):
-                    at = T.min(by * rows + i, N * positions - 1)
-                    a[i, j] = values[
-                        at // positions,
-                        at % positions // W + tap // kw * dh,
-                        at % W + tap % kw * dw,
-                        part * (depth // 2) + j,
-                    ]
+                    at = position_of(by * rows + i, tap)
+                    a[i, j] = values[at[0], at[1], at[2], part * (depth // 2) + j]
                 for i, j in T.Parallel(rows, depth // 16):
-                    at = T.min(by * rows + i, N * positions - 1)
-                    e[i, j] = places[
-                        at // positions,
-                        at % positions // W + tap // kw * dh,
-                        at % W + tap % kw * dw,
-                        part * (depth // 16) + j,
-                    ]
+                    at = position_of(by * rows + i, tap)
+                    e[i, j] = places[at[0], at[1], at[2], part * (depth // 16) + j]
                 T.copy(
                     weight[
                         part * depth : (part + 1) * depth,

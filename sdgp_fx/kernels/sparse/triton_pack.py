@@ -16,9 +16,7 @@ from torch import Tensor
 
 from ..op import check_arguments
 from ..triton_prune import LAUNCH, THREADS, prune_groups, rezip, unzip
-from .packed import CHANNELS_OF_PLACES, Packed, can_pack, empty_packed
-
-DTYPES = (torch.bfloat16, torch.float16)
+from .packed import CHANNELS_OF_PLACES, DTYPES, Packed, can_pack, empty_packed
 
 
 @triton.jit

@@ -94,6 +94,18 @@ def test_nothing_is_measured_while_a_graph_is_captured(problem, measured, monkey
     assert len(measured[0]) == 1
 
 
+def test_noise_lies_as_what_it_stands_for():
+    problem = Problem(*make_case(8, 16, (3, 3), (6, 6), padding=1).arguments())
+    last = problem.weight.to(memory_format=torch.channels_last)
+    with FakeTensorMode() as mode:
+        # As the gradient of a mean, which has one value for all positions.
+        expanded = torch.empty(2, 16, 1, 1).expand(2, 16, 6, 6)
+        fake = problem._replace(grad_output=expanded, weight=mode.from_tensor(last))
+    noise = choice._with_noise(fake)
+    assert (noise.grad_output.shape, noise.weight.stride()) == ((2, 16, 6, 6), last.stride())
+    assert noise.grad_output.unique().numel() > 1000
+
+
 def test_both_products_compute_the_same(monkeypatch):
     """What is measured, on the CPU: the dense one of a gradient that is pruned already."""
     for kernel, size, padding in (((3, 3), (6, 6), 1), ((), (), 0)):
@@ -101,7 +113,5 @@ def test_both_products_compute_the_same(monkeypatch):
         pruned = case.replace(grad_output=torch.zeros_like(case.grad_output))
         pruned.grad_output[:, ::4] = case.grad_output[:, ::4]
         products = choice.products_of(Problem(*pruned.arguments(prune="magnitude")))
-        dense = products["dense"]()
-        dense = dense[0] if isinstance(dense, tuple) else dense
-        torch.testing.assert_close(products["sparse"](), dense)
+        torch.testing.assert_close(products["sparse"](), products["dense"]())
         assert why_not_sparse(Problem(*pruned.arguments())) == ""

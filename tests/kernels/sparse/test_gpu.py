@@ -42,7 +42,6 @@ def error(problem):
     pruned = prune_nm(grad_output, seed, n, m, prune, rescale, 1)
     dense = problem._replace(grad_output=pruned.float(), weight=weight.float())
     expected = choice.products_of(dense)["dense"]()
-    expected = expected[0] if isinstance(expected, tuple) else expected
     actual = PRUNED_INPUT_GRAD(*problem).float()
     return ((actual - expected).norm() / expected.norm()).item()
 
