@@ -18,7 +18,7 @@ from sdgp_fx.measurement.workload import DTYPES
 
 from ..harness import command
 from ..harness.report import Report, Row, caption
-from . import cifar10, experiment, fast, maps, pictures, settings, signals, times
+from . import cifar10, experiment, fast, maps, pictures, race, settings, signals, times
 from .experiment import Setting
 
 # Fields of a recipe that can differ from what is published.
@@ -74,9 +74,11 @@ EXPERIMENTS = {
         pictures.draw_accuracies,
     ),
     "race": Experiment(
-        "not in the paper: accuracy over the time of training, of elements and of whole channels",
+        "Figure 10 as whole trainings: accuracy over time, of settings that take turns by epochs",
         settings.RACE,
-        pictures.draw_race,
+        race.draw,
+        race.run,
+        race.show,
     ),
     "precision": Experiment(
         "not in the paper: float16 beside bfloat16",
@@ -103,8 +105,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Train the paper's network on CIFAR-10 with several settings, from several "
         "seeds, by the paper's recipe; show accuracies and draw the figure. Runs that --out has "
         "already, of whatever table or figure, are not done again, so that an interrupted command "
-        "goes on where it was. fig4 and signal keep no runs, but gradients: they take an --out of "
-        "their own. fig9 and fig10 train nothing, and have a --help of their own.",
+        "goes on where it was. fig4 and signal keep no runs, but gradients, and race runs that "
+        "took turns: they take an --out of their own. fig9 and fig10 train nothing, and have a "
+        "--help of their own.",
         example="table1 --root DIR --out runs.json --picture table1.png",
     )
     add = parser.add_argument
@@ -170,6 +173,8 @@ def make_recipe(args: argparse.Namespace) -> cifar10.Recipe | fast.FastRecipe:
         if EXPERIMENTS[args.name].run is maps.run:
             raise ValueError(f"--recipe: expected paper for {args.name}, got fast")
         return fast.FastRecipe(**given, curve=args.curve)
+    if EXPERIMENTS[args.name].run is race.run:
+        raise ValueError(f"--recipe: expected fast for {args.name}, got paper")
     if args.curve:
         raise ValueError("--curve: expected --recipe fast, got paper, which always has the curve")
     for name in {"epochs", "width"} & given.keys():

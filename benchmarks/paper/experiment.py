@@ -143,6 +143,7 @@ def make_trainer(
     own = dataclasses.replace(recipe, dtype=setting.dtype or recipe.dtype)
     compile = setting.compile(own.compiler)
     if isinstance(own, FastRecipe):
+        torch.compiler.reset()  # Or all settings would count against Dynamo's recompile_limit.
         return Trainer(own, compile, data, test, setting.dense_last).run
     return partial(train, own, compile, data, test, dense_last=setting.dense_last)
 

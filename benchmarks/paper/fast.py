@@ -167,7 +167,6 @@ class Trainer:
         if len(data) < recipe.batch:
             count = len(data)
             raise ValueError(f"--batch: expected at most {count}, the images, got {recipe.batch}")
-        torch.compiler.reset()  # Or all settings would count against Dynamo's recompile_limit.
         self.recipe, self.data, self.test, self.dense_last = recipe, data, test, dense_last
         self.device = data.labels.device
         network = FastNet(recipe.width).to(self.device)
@@ -184,6 +183,17 @@ class Trainer:
         Args:
             watch: Called ahead of each epoch and at the end, with the number of epochs that are
                 done and the network.
+        """
+        *_, run = self.by_epoch(seed, watch)
+        return run
+
+    def by_epoch(
+        self, seed: int, watch: Callable[[int, nn.Module], None] = lambda done, network: None
+    ) -> Iterator[FastRun]:
+        """Train as `run` does, and yield the run after each epoch, and once more when it is whole.
+
+        Other trainers may train in between. Of the random numbers that they share, only functions
+        that draw some, such as "random", take any after the start.
         """
         recipe, data = self.recipe, self.data
         torch.manual_seed(seed)
@@ -219,10 +229,11 @@ class Trainer:
             run.seconds.append(perf_counter() - start)
             if recipe.curve or step == total:
                 run.accuracies.append(self._accuracy())
+            yield run
         watch(len(run.losses), self.network)
         self._compute_statistics_anew()
         run.fresh_accuracy = self._accuracy()
-        return run
+        yield run
 
     def _epochs(self, seed: int, total: int) -> Iterator[list[tuple[Tensor, ...]]]:
         """Yield the loss's arguments, an epoch of steps at a time, total steps in all."""

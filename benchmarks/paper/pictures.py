@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +26,7 @@ from .experiment import (
 
 def draw_accuracies(rows: Sequence[Row], settings: Sequence[Setting], title: str) -> Figure:
     """Draw a line for each setting: accuracies, and seed by seed their differences from dense."""
-    figure, (left, right) = _figure(2, title)
+    figure, (left, right) = make_figure(2, title)
     for place, setting in enumerate(settings):
         own = list(accuracies(rows, setting).values())
         _draw_seeds(left, place, own, setting.paper)
@@ -57,7 +56,7 @@ def _draw_seeds(axes: Axes, place: int, values: Sequence[float], paper: float | 
 
 def draw_curves(rows: Sequence[Row], settings: Sequence[Setting], title: str) -> Figure:
     """Draw figures 6 and 7: training loss and test accuracy by epoch, the mean of all seeds."""
-    figure, (left, right) = _figure(2, title)
+    figure, (left, right) = make_figure(2, title)
     for setting in settings:
         own = runs_of(rows, setting)
         if not own:
@@ -65,7 +64,7 @@ def draw_curves(rows: Sequence[Row], settings: Sequence[Setting], title: str) ->
         epochs = range(1, len(own[0]["losses"]) + 1)
         marker = "." if len(epochs) < 20 else None
         for axes, key, scale in ((left, "losses", 1), (right, "accuracies", 100)):
-            means = [scale * value for value in _by_epoch(own, key)]
+            means = [scale * value for value in by_epoch(own, key)]
             axes.plot(epochs, means, marker=marker, label=setting.name)
     left.set_ylabel("training loss")
     right.set_ylabel("test accuracy, %")
@@ -78,7 +77,7 @@ def draw_curves(rows: Sequence[Row], settings: Sequence[Setting], title: str) ->
 
 def draw_pattern(rows: Sequence[Row], settings: Sequence[Setting], title: str) -> Figure:
     """Draw figure 8: accuracy over m, a line for each m / n."""
-    figure, (axes,) = _figure(1, title)
+    figure, (axes,) = make_figure(1, title)
     lines: dict[int, list[tuple[int, float, float | None]]] = {}
     for setting in settings:
         own = list(accuracies(rows, setting).values())
@@ -100,27 +99,6 @@ def draw_pattern(rows: Sequence[Row], settings: Sequence[Setting], title: str) -
     return figure
 
 
-def draw_race(rows: Sequence[Row], settings: Sequence[Setting], title: str) -> Figure:
-    """Draw test accuracy over the time of training, the means of all seeds.
-
-    An epoch's time is the median of all but each run's first, in which it is compiled.
-    """
-    figure, (axes,) = _figure(1, title)
-    for setting in settings:
-        own = runs_of(rows, setting)
-        later = [seconds for row in own for seconds in row["seconds"][1:]]
-        if not later:
-            continue
-        means = [100 * value for value in _by_epoch(own, "accuracies")]
-        epoch = statistics.median(later)
-        times = [epoch * (i + 1) for i in range(len(means))]
-        axes.plot(times, means, marker=".", label=setting.name)
-    axes.set_xlabel("s of training")
-    axes.set_ylabel("test accuracy, %")
-    axes.legend(frameon=False)
-    return figure
-
-
 def save(figure: Figure, path: Path) -> None:
     """Save a figure as a PNG file."""
     figure.savefig(path, format="png")
@@ -132,12 +110,13 @@ def entitle(figure: Figure, title: str) -> None:
     figure.suptitle(textwrap.fill(title, characters), x=0.01, ha="left", fontsize=10)
 
 
-def _by_epoch(rows: Sequence[Row], key: str) -> list[float]:
+def by_epoch(rows: Sequence[Row], key: str) -> list[float]:
     """Return what rows have under key for each epoch: the mean of all."""
     return [mean(values) for values in zip(*(row[key] for row in rows), strict=True)]
 
 
-def _figure(columns: int, title: str) -> tuple[Figure, Sequence[Axes]]:
+def make_figure(columns: int, title: str) -> tuple[Figure, Sequence[Axes]]:
+    """Make a figure with its title and so many axes beside each other."""
     figure = Figure(figsize=(5.5 * columns + 2, 4.5), dpi=150, layout="constrained")
     entitle(figure, title)
     grid: Any = figure.subplots(1, columns, squeeze=False)[0]

@@ -85,6 +85,13 @@ CHANNELS = (
         for function in (RESCALED, "magnitude")
     ),
 )
+WHOLE_CHANNELS = next(s for s in CHANNELS if s.name == "channels 2:4, magnitude")
+
 # Elements, and whole channels, of which gradients are compared.
-SIGNAL = (*BEYOND[1:], *(s for s in CHANNELS if s.name == "channels 2:4, magnitude"))
-RACE = (*CHANNELS[:2], *(s for s in CHANNELS if s.config and s.config.prune == "magnitude"))
+SIGNAL = (*BEYOND[1:], WHOLE_CHANNELS)
+
+# Fig. 10's n:m and two with larger groups, whose products save time, and whole channels.
+RACE = (
+    *(s for s in FIG8 if s.name in ("dense", "2:4", "1:4", "2:8", "2:16", "4:32")),
+    WHOLE_CHANNELS,
+)

@@ -1,6 +1,7 @@
 """Test the fast recipe of `benchmarks.paper`: its parts by hand, and that runs repeat."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -9,12 +10,13 @@ import torch.nn.functional as F
 
 pytest.importorskip("torchvision", reason="needs torchvision")
 
-from benchmarks.paper import cifar10, experiment, fast, signals
+from benchmarks.paper import cifar10, experiment, fast, race, signals
 from benchmarks.paper.__main__ import main
 from benchmarks.paper.cifar10 import Images, normalize
 from benchmarks.paper.experiment import Setting
 from benchmarks.paper.fast import FastNet, FastRecipe, FastRun, Lookahead, Trainer
 from sdgp_fx import SDGPConfig
+from sdgp_fx.measurement import timing
 
 # Channels 4, 16 and 16; an epoch has two steps, and half of another is run.
 TINY = FastRecipe(
@@ -211,7 +213,13 @@ def trainers(monkeypatch):
             self.seeds.append(seed)
             return FastRun([2.0], [0.5], [1.0], 0.6)
 
+        def by_epoch(self, seed):
+            self.seeds.append(seed)
+            run = FastRun([2.0] * 3, [0.25, 0.5, 0.75], [1.0] * 3, 0.6)
+            return iter([run] * 4)
+
     monkeypatch.setattr(experiment, "Trainer", Recorded)
+    monkeypatch.setattr(race, "Trainer", Recorded)
     monkeypatch.setattr(cifar10, "load", lambda root, device: (images(10), images(10)))
     return made
 
@@ -258,6 +266,60 @@ def test_signals_along_training():
     assert all(0 < row["pruned"]["error"] < 1 for row in rows)
 
 
+# Side by side
+
+
+def test_settings_that_take_turns_train_as_alone():
+    data = images(20)
+    settings = [
+        Setting("dense"),
+        Setting("1:4", SDGPConfig(n=1, m=4)),
+        Setting("2:4", SDGPConfig()),
+    ]
+    recipe = replace(TINY, epochs=2.5, curve=False)
+    rows = race.run(settings, 2, recipe, data, data, None).rows
+    assert [(row["setting"], row["seed"]) for row in rows] == [
+        (setting.name, seed) for seed in (0, 1) for setting in settings
+    ]
+    alone = make_trainer(replace(recipe, curve=True), settings[1])
+    for row in experiment.runs_of(rows, settings[1]):
+        run = alone.run(row["seed"])
+        assert (row["losses"], row["accuracies"]) == (run.losses, run.accuracies)
+        assert row["fresh_accuracy"] == run.fresh_accuracy
+    assert len({tuple(row["losses"]) for row in rows}) == len(rows)
+
+
+def test_settings_take_turns(trainers, tmp_path, capsys):
+    out, picture = tmp_path / "race.json", tmp_path / "race.png"
+    arguments = ["race", "--root", ".", "--device", "cpu", "--recipe", "fast", "--seeds", "2"]
+    arguments += ["--epochs", "3", "--only", "dense", "--only", "2:4", "--out", str(out)]
+    assert main([*arguments, "--picture", str(picture)]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    names = [line.split(" ", 1)[1].split(",")[0] for line in capsys.readouterr().err.splitlines()]
+    assert names == ["dense", "2:4"] * 6
+    assert main(arguments) == 0
+    assert [seeds for *_, seeds in trainers] == [[0, 1]] * 2
+    with pytest.raises(SystemExit):  # They would be compared with epochs of another time.
+        main([*arguments, "--only", "1:4"])
+    assert "--out: expected a new file" in capsys.readouterr().err
+
+
+def test_times_to_an_accuracy():
+    """The pruned epoch takes half of the dense one beside it, whatever the machine did."""
+    assert race.epochs_to(0.5, [0.25, 0.75]) == 1.5
+    assert race.epochs_to(0.25, [0.5, 0.25]) == 0.5
+    assert race.epochs_to(0.8, [0.25, 0.75]) == math.inf
+    pruned = Setting("2:4", SDGPConfig())
+    runs = {
+        Setting("dense"): FastRun([2.0] * 3, [0.25, 0.5, 0.75], [9.0, 2.0, 4.0], 0.6),
+        pruned: FastRun([2.0] * 3, [0.25, 0.5, 0.7004], [90.0, 1.0, 2.0], 0.6),
+    }
+    rows = [experiment.make_row(setting, 0, run) for setting, run in runs.items()]
+    assert race.common_accuracy(rows) == 0.7
+    dense = race.warm_epochs(race.dense_runs(rows, list(runs)))
+    assert timing.ratio(race.warm_epochs(rows[1:]), dense).median == 0.5
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -267,6 +329,9 @@ def test_signals_along_training():
         (["table1", "--curve"], "--curve: expected --recipe fast, got paper"),
         (["table1", "--epochs", "1.5"], "--epochs: expected an int with --recipe paper, got 1.5"),
         (["fig4", "--recipe", "fast"], "--recipe: expected paper for fig4, got fast"),
+        (["race"], "--recipe: expected fast for race, got paper"),
+        (["race", "--recipe", "fast", "--epochs", "2"], "--epochs: expected more than 2 for race"),
+        (["race", "--recipe", "fast", "--only", "2:4"], "--only: expected dense among them, got 2"),
         (["table1", "--recipe", "fast"], "--batch: expected at most 10, the images, got 1024"),
     ],
 )
