@@ -28,7 +28,7 @@ EAGER = {"sdgp.inner": "aot_eager"}
 def small_model():
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(),
+        nn.Conv2d(3, 8, 3), nn.Identity(), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(),
         nn.Conv2d(8, 8, 3), nn.Flatten(), nn.LazyLinear(4),
     )  # fmt: skip
 

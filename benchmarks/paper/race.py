@@ -23,6 +23,9 @@ from .fast import FastRecipe, FastRun, Trainer
 from .pictures import by_epoch, make_figure
 
 
+MARGIN = 0.01
+
+
 def run(
     settings: Sequence[Setting],
     seeds: int,
@@ -87,9 +90,12 @@ def epochs_to(accuracy: float, accuracies: Sequence[float]) -> float:
     return math.inf
 
 
-def common_accuracy(rows: Sequence[Row]) -> float:
-    """Return what every run reached at its end, in whole tenths of a percent."""
-    return math.floor(1000 * min(row["accuracy"] for row in rows)) / 1000
+def common_accuracy(dense: Sequence[Row]) -> float:
+    """Return an accuracy that all dense runs reach, in whole tenths of a percent.
+
+    It is MARGIN below the worst of them, so that small losses do not show as time.
+    """
+    return math.floor(1000 * (min(row["accuracy"] for row in dense) - MARGIN)) / 1000
 
 
 def dense_runs(rows: Sequence[Row], settings: Sequence[Setting]) -> list[Row]:
@@ -111,9 +117,10 @@ def show(rows: Sequence[Row], settings: Sequence[Setting]) -> None:
     """Print each setting's accuracy, its time for an epoch, and its time to a common accuracy.
 
     A time to an accuracy is a number of epochs times the median ratio to dense epochs, in dense
-    epochs: what the machine did meanwhile counts only as far as that ratio does.
+    epochs: what the machine did meanwhile counts only as far as that ratio does. It is "never" of
+    a setting of which a run does not reach it.
     """
-    accuracy = common_accuracy(rows)
+    accuracy = common_accuracy(dense_runs(rows, settings))
     dense = warm_epochs(dense_runs(rows, settings))
     cells = []
     for setting in settings:
@@ -127,11 +134,16 @@ def show(rows: Sequence[Row], settings: Sequence[Setting]) -> None:
                 f"{100 * mean([row['accuracy'] for row in own]):.2f}",
                 f"{seconds:.2f}",
                 f"{ratio.median:.3f} ({ratio.low:.3f} to {ratio.high:.3f})",
-                f"{mean(times):.2f} ({min(times):.2f} to {max(times):.2f})",
+                "never" if math.isinf(max(times)) else spread_of(times),
             ]
         )
     header = ["setting", "accuracy %", "s an epoch", "of dense (quartiles)"]
     print_table([*header, f"dense epochs to {accuracy:.1%} (least, most)"], cells)
+
+
+def spread_of(values: Sequence[float]) -> str:
+    """Format the mean of values, with the least and the most."""
+    return f"{mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
 def draw(rows: Sequence[Row], settings: Sequence[Setting], title: str) -> Figure:
@@ -144,7 +156,8 @@ def draw(rows: Sequence[Row], settings: Sequence[Setting], title: str) -> Figure
         means = [100 * value for value in by_epoch(own, "accuracies")]
         times = [ratio * (i + 1) for i in range(len(means))]
         axes.plot(times, means, marker=".", label=setting.name)
-    axes.axhline(100 * common_accuracy(rows), color="0.5", linestyle=":")
+    accuracy = common_accuracy(dense_runs(rows, settings))
+    axes.axhline(100 * accuracy, color="0.5", linestyle=":")
     axes.set_xlabel("time of training, in epochs of dense gradients")
     axes.set_ylabel("test accuracy, %")
     axes.legend(frameon=False)

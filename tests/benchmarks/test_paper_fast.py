@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -304,20 +305,26 @@ def test_settings_take_turns(trainers, tmp_path, capsys):
     assert "--out: expected a new file" in capsys.readouterr().err
 
 
-def test_times_to_an_accuracy():
+def test_times_to_an_accuracy(capsys):
     """The pruned epoch takes half of the dense one beside it, whatever the machine did."""
     assert race.epochs_to(0.5, [0.25, 0.75]) == 1.5
     assert race.epochs_to(0.25, [0.5, 0.25]) == 0.5
     assert race.epochs_to(0.8, [0.25, 0.75]) == math.inf
     pruned = Setting("2:4", SDGPConfig())
     runs = {
-        Setting("dense"): FastRun([2.0] * 3, [0.25, 0.5, 0.75], [9.0, 2.0, 4.0], 0.6),
-        pruned: FastRun([2.0] * 3, [0.25, 0.5, 0.7004], [90.0, 1.0, 2.0], 0.6),
+        Setting("dense"): FastRun([2.0] * 3, [0.25, 0.5, 0.7604], [9.0, 2.0, 4.0], 0.6),
+        pruned: FastRun([2.0] * 3, [0.25, 0.25, 0.75], [90.0, 1.0, 2.0], 0.6),
+        Setting("1:4", SDGPConfig(n=1)): FastRun([2.0] * 3, [0.1] * 3, [1.0] * 3, 0.6),
     }
     rows = [experiment.make_row(setting, 0, run) for setting, run in runs.items()]
-    assert race.common_accuracy(rows) == 0.7
-    dense = race.warm_epochs(race.dense_runs(rows, list(runs)))
-    assert timing.ratio(race.warm_epochs(rows[1:]), dense).median == 0.5
+    dense = race.dense_runs(rows, list(runs))
+    assert race.common_accuracy(dense) == 0.75
+    times = race.warm_epochs(rows[1:2]), race.warm_epochs(dense)
+    assert timing.ratio(*times).median == 0.5
+    race.show(rows, list(runs))
+    *_, half, never = (re.split(r" {2,}", line) for line in capsys.readouterr().out.splitlines())
+    assert half[1:] == ["75.00", "1.50", "0.500 (0.500 to 0.500)", "1.50 (1.50 to 1.50)"]
+    assert never[-1] == "never"
 
 
 @pytest.mark.parametrize(

@@ -164,10 +164,10 @@ def test_a_residual_network_writes_the_pruned_gradients_and_no_more(monkeypatch)
     """A launch, a transposing copy, or a second read of a gradient more would show here."""
     from timm import create_model
 
-    blocks = {"layers": (1, 1, 1, 1)}
+    blocks = {"layers": (1, 1), "channels": (64, 128)}
     monkeypatch.setattr(Workload, "build", lambda self: create_model(self.model, **blocks))
     (row,) = traffic.compare(Workload("resnet18", 256, 224), SDGPConfig(**RESCALED))
-    assert row["layers"] == 11
+    assert row["layers"] == 6
     assert row["extra_launches"] == row["extra_kernels"] == 0
     assert row["unfused"] == {}
     assert row["extra_read_gb"] == 0
@@ -257,5 +257,5 @@ def test_the_process_knows_again_that_there_is_no_gpu():
     before = torch.cuda.is_available()
     count(network(), channels_last(2, 3, 34, 34))
     assert torch.cuda.is_available() == before
-    model = torch.compile(network().float(), backend=sdgp_fx.sdgp)
-    model(torch.randn(2, 3, 34, 34)).sum().backward()
+    layer = torch.compile(nn.Conv2d(3, 8, 3), backend=sdgp_fx.sdgp)
+    layer(torch.randn(2, 3, 9, 9)).sin().sum().backward()

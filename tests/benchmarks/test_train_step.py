@@ -87,13 +87,13 @@ def test_patterns_are_compiled_and_timed_in_turn(monkeypatch):
         return compile_(model, backend=backend, **kwargs)
 
     monkeypatch.setattr(torch, "compile", spy)
-    task = train_step.plan([TINY], MAGNITUDE, **SETTINGS, also=[(1, 4), (2, 16)])[-1]
+    task = train_step.plan([TINY], MAGNITUDE, **SETTINGS, also=[(1, 4)])[-1]
     rows = task.run()
-    assert [(row["n"], row["m"]) for row in rows] == [(2, 4), (1, 4), (2, 16)]
-    assert len({id(backend) for backend in backends}) == 4
+    assert [(row["n"], row["m"]) for row in rows] == [(2, 4), (1, 4)]
+    assert len({id(backend) for backend in backends}) == 3
     assert all(a != b for a, b in itertools.combinations(backends, 2))
     assert len({row["stock_ms"] for row in rows}) == 1
-    assert len({row["sdgp_ms"] for row in rows}) == 3
+    assert len({row["sdgp_ms"] for row in rows}) == 2
 
 
 def test_ratios_are_those_of_a_round(monkeypatch):

@@ -26,19 +26,16 @@ TILES = [(128, 2), (128, 4)]
 
 
 class Block(nn.Module):
-    """Convolutions of ResNet-18's first stage."""
+    """A convolution of ResNet-18's first stage."""
 
     def __init__(self):
         super().__init__()
-        self.scale = nn.Parameter(torch.ones(64, 1, 1))  # Its gradient needs that of conv1's input.
-        self.conv1 = nn.Conv2d(64, 64, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(64)
-        self.conv2 = nn.Conv2d(64, 64, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(64)
+        self.scale = nn.Parameter(torch.ones(64, 1, 1))  # Its gradient needs that of conv's input.
+        self.conv = nn.Conv2d(64, 64, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(64)
 
     def forward(self, x):
-        x = self.bn1(self.conv1(x * self.scale)).relu()
-        return self.bn2(self.conv2(x)).relu().mean((2, 3))
+        return self.bn(self.conv(x * self.scale)).relu().mean((2, 3))
 
 
 def fused_kernels(prune, folder):

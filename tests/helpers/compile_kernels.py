@@ -169,23 +169,24 @@ def main():
         kernels[f"sm_80 channels_last bf16 2:4 rescaled_magnitude {scope} {name}"] = scope_kernel(
             getattr(triton_prune, name), "bf16", 2, 4, True, 80
         )
-    for capability in (80, 90):
-        sm = f"sm_{capability}"
-        for dtype, n, m in (("fp32", 2, 4), ("fp16", 2, 4), ("bf16", 4, 8), ("fp32", 16, 32)):
-            kernels[f"{sm} channels_last {dtype} {n}:{m} rescaled_magnitude group"] = prune_kernel(
-                dtype, n, m, "rescaled_magnitude", True, capability
+    for dtype, n, m in (("fp32", 2, 4), ("fp16", 2, 4), ("bf16", 4, 8), ("fp32", 16, 32)):
+        kernels[f"sm_90 channels_last {dtype} {n}:{m} rescaled_magnitude group"] = prune_kernel(
+            dtype, n, m, "rescaled_magnitude", True, 90
+        )
+    for sizes, layout in (
+        ("odd", "nchw"),
+        ("wide", "channels_last"),
+        ("position", "channels_last"),
+    ):
+        channels_last = layout == "channels_last"
+        kernels[f"{layout} {sizes} mvue"] = prune_kernel(
+            "bf16", 2, 4, "mvue", channels_last, 90, sizes=sizes
+        )
+        for name in ("feature_map", "channel_sums"):
+            kernel = getattr(triton_prune, f"_{name}_kernel")
+            kernels[f"{layout} {sizes} {name}"] = scope_kernel(
+                kernel, "bf16", 2, 4, channels_last, 90, sizes=sizes
             )
-    for sizes in ("odd", "wide", "position"):
-        for channels_last in (True, False) if sizes != "position" else (True,):
-            layout = "channels_last" if channels_last else "nchw"
-            kernels[f"{layout} {sizes} mvue"] = prune_kernel(
-                "bf16", 2, 4, "mvue", channels_last, 90, sizes=sizes
-            )
-            for name in ("feature_map", "channel_sums"):
-                kernel = getattr(triton_prune, f"_{name}_kernel")
-                kernels[f"{layout} {sizes} {name}"] = scope_kernel(
-                    kernel, "bf16", 2, 4, channels_last, 90, sizes=sizes
-                )
     # The case with the most registers: 32 values of float32, their keys and two sums for each.
     # Of NCHW, which takes 16 registers less, compiling takes 20 seconds.
     kernels["sm_90 channels_last fp32 16:32 feature_map"] = scope_kernel(

@@ -32,12 +32,7 @@ NETWORKS = [
     "test_mambaout",
     "test_byobnet",
     "test_coatnet",
-    "starnet_s050",
-    "ese_vovnet19b_slim_dw",
     "fasternet_t0",
-    "vit_tiny_r_s16_p8_224",
-    "resnetv2_18",
-    "cs3darknet_focus_s",
 ]
 SIZE = 32
 

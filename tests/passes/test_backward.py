@@ -301,7 +301,6 @@ def test_two_layers_are_not_the_halves_of_one():
         {},
         {"sdgp.exclude": "2,4"},
         {"sdgp.structure": "channel"},
-        {"sdgp.gradients": "all"},
         {"sdgp.gradients": "all", "sdgp.structure": "channel", "sdgp.targets": "conv"},
         {"sdgp.rescale": "channel"},
     ],

@@ -466,9 +466,12 @@ def test_under_autocast(dtype):
 
 MODELS = {
     "vit_tiny_patch16_224": {"img_size": 64, "depth": 2},
-    "swin_tiny_patch4_window7_224": {"img_size": 64, "window_size": 2, "depths": (1, 2, 1, 1)},
-    "convnext_tiny": {"depths": (1, 2, 1, 1)},
-    "mixer_s32_224": {"img_size": 64},
+    "swin_tiny_patch4_window7_224": {
+        **{"img_size": 64, "window_size": 2},
+        **{"depths": (1, 2), "num_heads": (3, 6)},
+    },
+    "convnext_tiny": {"depths": (1, 1), "dims": (32, 64)},
+    "mixer_s32_224": {"img_size": 64, "num_blocks": 2},
 }
 
 

@@ -274,20 +274,12 @@ def x():
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_names_are_those_of_named_modules(model, x, rewritten):
-    make, expected = MODELS[model]
-    network = make()
-    found = [d.module for d in train(network, x, rewritten=rewritten)]
-    assert list(dict.fromkeys(found)) == list(dict.fromkeys(expected))
-    known = {name.replace("_orig_mod.", "") for name, _ in network.named_modules()}
-    assert set(found) <= known
-
-
-@pytest.mark.parametrize("model", MODELS)
-def test_rules_go_by_names(model, x, rewritten):
+def test_names_are_those_of_named_modules_and_rules_go_by_them(model, x, rewritten):
     make, expected = MODELS[model]
     network = make()
     plain = {d.module: d.reason for d in train(network, x, rewritten=rewritten)}
+    assert list(plain) == list(dict.fromkeys(expected))
+    assert plain.keys() <= {name.replace("_orig_mod.", "") for name, _ in network.named_modules()}
     chosen = expected[-1]
     excluded = {d.module: d for d in train(network, x, rewritten=rewritten, exclude=[chosen])}
     included = {d.module: d for d in train(network, x, rewritten=rewritten, include=[chosen])}
