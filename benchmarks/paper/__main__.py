@@ -73,6 +73,12 @@ EXPERIMENTS = {
         settings.CHANNELS,
         pictures.draw_accuracies,
     ),
+    "patterns": Experiment(
+        "not in the paper: magnitude, and the rescaled one by group and by feature map, "
+        "from 2:4 to 4:32",
+        settings.PATTERNS,
+        pictures.draw_accuracies,
+    ),
     "race": Experiment(
         "Figure 10 as whole trainings: accuracy over time, of settings that take turns by epochs",
         settings.RACE,

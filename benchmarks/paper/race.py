@@ -22,7 +22,6 @@ from .experiment import Setting, facts_of, make_row, mean, resume, runs_of
 from .fast import FastRecipe, FastRun, Trainer
 from .pictures import by_epoch, make_figure
 
-
 MARGIN = 0.01
 
 
@@ -54,13 +53,17 @@ def run(
     missing = set(range(seeds)) - {row["seed"] for row in report.rows}
     if not missing:
         return report
-    torch.compiler.reset()  # All settings together must stay within Dynamo's recompile_limit.
+    torch.compiler.reset()
     trainers = [
         Trainer(recipe, setting.compile(recipe.compiler), data, test, setting.dense_last)
         for setting in settings
     ]
     epochs = math.ceil(recipe.epochs)
-    with progress(len(missing) * epochs * len(settings), estimate=True) as begin:
+    with (
+        # All settings count together.
+        torch._dynamo.config.patch(recompile_limit=len(settings) + 1),
+        progress(len(missing) * epochs * len(settings), estimate=True) as begin,
+    ):
         for seed in sorted(missing):
             runs: list[FastRun] = []
             trainings = [trainer.by_epoch(seed) for trainer in trainers]
