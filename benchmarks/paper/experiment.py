@@ -122,8 +122,8 @@ def run(
     ]
     if isinstance(recipe, FastRecipe):
         missing.sort(key=lambda pair: settings.index(pair[0]))
-    if not missing and path is not None and path.exists():
-        report.environment = json.loads(path.read_text())["environment"]
+    if not missing:
+        keep_environment(report)
     ready: Setting | None = None
     with progress(len(missing) * math.ceil(recipe.epochs), estimate=True) as begin:
         for setting, seed in missing:
@@ -183,6 +183,12 @@ def resume(name: str, facts: dict[str, Any], device: torch.device, path: Path | 
         )
     report.rows += [with_current_options(row) for row in stored["rows"]]
     return report
+
+
+def keep_environment(report: Report) -> None:
+    """Set where a report was made back to what its file says, as nothing will be added to it."""
+    if report.path is not None and report.path.exists():
+        report.environment = json.loads(report.path.read_text())["environment"]
 
 
 def with_current_options(facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from torchvision.models import resnet18
 from ..harness.report import Report, Row
 from ..harness.terminal import print_table, progress
 from .cifar10 import LABEL_SMOOTHING, Images, Recipe, normalize, train
-from .experiment import Setting, epochs_of, facts_of, resume, runs_of
+from .experiment import Setting, epochs_of, facts_of, keep_environment, resume, runs_of
 from .pictures import entitle
 from .signals import backward, convolutions
 
@@ -43,6 +43,7 @@ def run(
     report = resume("paper fig4", facts_of(recipe, data, test), data.labels.device, path)
     missing = [setting for setting in settings if not runs_of(report.rows, setting)]
     if not missing:
+        keep_environment(report)
         return report
     images, labels = data.images[: recipe.batch], data.labels[: recipe.batch]
     with progress(recipe.epochs, estimate=True) as begin:

@@ -21,7 +21,16 @@ from torch.nn.grad import conv2d_input
 from ..harness.report import Report, Row
 from ..harness.terminal import print_table, progress
 from .cifar10 import Images, Recipe, Run, normalize
-from .experiment import Setting, epochs_of, facts_of, make_trainer, mean, resume, runs_of
+from .experiment import (
+    Setting,
+    epochs_of,
+    facts_of,
+    keep_environment,
+    make_trainer,
+    mean,
+    resume,
+    runs_of,
+)
 from .fast import FastRecipe
 from .pictures import entitle
 
@@ -61,6 +70,7 @@ def run(
     done = {row["seed"] for row in report.rows}
     missing = [seed for seed in range(seeds) if seed not in done]
     if not missing:
+        keep_environment(report)
         return report
     train_from = make_trainer(Setting("dense"), recipe, data, test)
     with progress(len(missing) * math.ceil(recipe.epochs), estimate=True) as begin:

@@ -36,7 +36,6 @@ COMMANDS = {
     "convolutions": [*TINY],
     "prune_op": [*TINY, "--m", "4", "--m", "8"],
     "train_step": [*TINY, "--inner", "aot_eager", "--n", "1"],
-    "whole_channels": [*TINY, "--inner", "aot_eager", "--pattern", "2:4"],
 }
 
 

@@ -179,14 +179,11 @@ def test_a_part_that_can_not_be_planned_fails():
     assert messages == [("error", "ValueError: no"), ("tasks", 0), ("end", None)]
 
 
-def test_the_suite_has_every_benchmark_and_fits():
+def test_the_suite_has_every_benchmark():
     parts = gpu_suite.suite(False, 0)
     assert {p.benchmark.name for p in parts} == {*BENCHMARKS, *CHECKS}
     assert [p.check for p in parts] == [True] * 3 + [False] * (len(parts) - 3)
     assert len({p.name for p in parts}) == len(parts)
-    for p in parts:
-        if not p.needs_cuda:
-            assert p.benchmark.tasks(CPU, p.settings)
 
 
 @pytest.mark.slow
@@ -202,9 +199,12 @@ def test_the_suite_runs_on_the_cpu(tmp_path, capsys, monkeypatch):
     statuses = {row["part"]: row["status"] for row in saved["rows"]}
     assert statuses.pop("sparse_mm") == NEEDS_CUDA
     assert set(statuses.values()) == {DONE}
+    columns = {part.name: part.benchmark.columns for part in gpu_suite.suite(True, 0)}
     for name in statuses:
         rows = json.loads((tmp_path / "new" / f"{name}.json").read_text())["rows"]
         assert len(rows) == next(r["rows"] for r in saved["rows"] if r["part"] == name) > 0
+        for key, _ in columns[name].values():
+            assert all(key in row for row in rows)
     lines = capsys.readouterr().out.splitlines()
     assert lines[1] == "dry run with small shapes: the figures mean nothing"
     assert any(line.startswith("kernels against the reference: 72 of 72") for line in lines)

@@ -1,8 +1,8 @@
 """Compile the Triton kernels for a GPU that need not be there; print the results as JSON.
 
 Run `python -m tests.helpers.compile_kernels` without TRITON_INTERPRET. It prints one object for
-each kernel, with the bytes of its global accesses in the PTX, and its local memory and registers
-from the machine code.
+each kernel, with the bytes of its global accesses in the PTX, and the registers and the memory for
+spilled ones of the machine code.
 """
 
 import json
@@ -133,10 +133,10 @@ def describe(compiled):
         file.write(compiled.asm["cubin"])
         file.flush()
         tool = triton.knobs.nvidia.cuobjdump.path
-        machine_code = subprocess.run(
-            [tool, "-sass", "-res-usage", file.name], capture_output=True, text=True, check=True
+        usage = subprocess.run(
+            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
         ).stdout
-    instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@\S+ )?\s*(\w+)", machine_code, re.M)
+    registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", usage).groups()
     return {
         "loads": [
             int(vector or 1) * int(bits) // 8 for kind, vector, bits in accesses if kind == "ld"
@@ -144,9 +144,8 @@ def describe(compiled):
         "stores": [
             int(vector or 1) * int(bits) // 8 for kind, vector, bits in accesses if kind == "st"
         ],
-        "spills": sum(name in ("LDL", "STL") for name in instructions),
-        "instructions": sum(name != "NOP" for name in instructions),
-        "registers": int(re.search(r"REG:(\d+)", machine_code).group(1)),
+        "spills": int(stack) + int(local),  # Bytes.
+        "registers": int(registers),
         "shared": compiled.metadata.shared,
     }
 

@@ -19,7 +19,7 @@ timm = pytest.importorskip("timm", reason="needs timm")
 # With all their stages, and fewer blocks in some.
 MODELS = {
     "resnet18": {"layers": (1, 2, 1, 1)},
-    "regnetx_002": {"depth": 6},
+    "regnetx_002": {"depth": 7},
     "convnext_atto": {"depths": (1, 1, 1, 1)},
 }
 EAGER = {"sdgp.inner": "aot_eager"}
@@ -181,7 +181,7 @@ def test_inductor():
 
     Except for the few groups in which rounding changes which of two nearly equal values is kept.
     """
-    model = make("convnext_atto", depths=(1, 1), dims=(40, 80))  # Inductor takes long.
+    model = make("convnext_atto", depths=(1, 0, 1, 0))  # Inductor takes long.
     state = {key: value.clone() for key, value in model.state_dict().items()}
     result = step(model, torch.compile(model, backend="sdgp"))
     model.load_state_dict(state)

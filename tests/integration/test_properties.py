@@ -184,7 +184,7 @@ def assert_rewritten(graph, decisions, config):
     assert graph.python_code("self").src == once
 
 
-@examples(0.25)
+@examples(0.15)
 @given(st.data(), strategies.settings(largest_m=8), strategies.seeds)
 def test_networks(data, setting, seed):
     """Every layer is pruned, or dense for its reason; all else is bit for bit as defined."""
@@ -226,7 +226,7 @@ def test_networks(data, setting, seed):
     assert not wrong
 
 
-@examples(0.03)
+@examples(0.02)
 @given(st.data(), st.sampled_from([2, 4, 8]))
 def test_inductor(data, m):
     """Results match bit for bit, as nothing is rounded, in any order of sums."""

@@ -68,11 +68,7 @@ def count_products(rewritten):
 @pytest.mark.parametrize("inner", INNER_COMPILERS)
 @pytest.mark.parametrize(
     ("prune", "memory_format"),
-    [
-        ("magnitude", torch.contiguous_format),
-        ("magnitude", torch.channels_last),
-        ("mvue", torch.channels_last),
-    ],
+    [("magnitude", torch.contiguous_format), ("mvue", torch.channels_last)],
 )
 def test_gradients_are_those_of_the_dense_product(prune, inner, memory_format, rewritten):
     settings = {"memory_format": memory_format, "sdgp.prune": prune}

@@ -470,8 +470,8 @@ MODELS = {
         **{"img_size": 64, "window_size": 2},
         **{"depths": (1, 2), "num_heads": (3, 6)},
     },
-    "convnext_tiny": {"depths": (1, 1), "dims": (32, 64)},
-    "mixer_s32_224": {"img_size": 64, "num_blocks": 2},
+    "convnext_tiny": {"depths": (1, 1, 1, 1)},
+    "mixer_s32_224": {"img_size": 64},
 }
 
 
@@ -513,14 +513,3 @@ def test_private_names_of_dynamo():
     (forward,) = [n for n in gm.graph.nodes if n.target is MM and "source_fn_stack" in n.meta]
     assert forward.meta["source_fn_stack"][-1][1] in linears._FUNCTIONS
     assert all(node.meta["seq_nr"] == forward.meta["seq_nr"] for node in linear_products(gm))
-
-
-def test_inductor_computes_the_same():
-    model, x = Mixed(), torch.randn(3, 5, 8, requires_grad=True)
-    results = []
-    for inner in ("aot_eager", "inductor"):
-        torch._dynamo.reset()
-        options = {"sdgp.targets": "conv,linear", "sdgp.inner": inner}
-        loss = torch.compile(model, backend="sdgp", options=options)(x).square().sum()
-        results.append(torch.autograd.grad(loss, [*model.parameters()]))
-    torch.testing.assert_close(*results)
