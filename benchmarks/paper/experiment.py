@@ -140,12 +140,18 @@ def make_trainer(
     setting: Setting, recipe: Recipe | FastRecipe, data: Images, test: Images
 ) -> Callable[[int, Callable[[int, nn.Module], None]], Run]:
     """Return a function that trains from a seed and calls watch as the recipe's training does."""
+    if isinstance(recipe, FastRecipe):
+        torch.compiler.reset()  # Or all settings would count against Dynamo's recompile_limit.
+        return make_fast_trainer(setting, recipe, data, test).run
     own = dataclasses.replace(recipe, dtype=setting.dtype or recipe.dtype)
     compile = setting.compile(own.compiler)
-    if isinstance(own, FastRecipe):
-        torch.compiler.reset()  # Or all settings would count against Dynamo's recompile_limit.
-        return Trainer(own, compile, data, test, setting.dense_last).run
     return partial(train, own, compile, data, test, dense_last=setting.dense_last)
+
+
+def make_fast_trainer(setting: Setting, recipe: FastRecipe, data: Images, test: Images) -> Trainer:
+    """Return what trains a setting by the fast recipe, beside others that are compiled."""
+    own = dataclasses.replace(recipe, dtype=setting.dtype or recipe.dtype)
+    return Trainer(own, setting.compile(own.compiler), data, test, setting.dense_last)
 
 
 def epochs_of(

@@ -18,10 +18,20 @@ from sdgp_fx.measurement import timing
 from ..harness.report import Report, Row
 from ..harness.terminal import print_table, progress
 from .cifar10 import Images
-from .experiment import Setting, facts_of, keep_environment, make_row, mean, resume, runs_of
-from .fast import FastRecipe, FastRun, Trainer
+from .experiment import (
+    Setting,
+    facts_of,
+    keep_environment,
+    make_fast_trainer,
+    make_row,
+    mean,
+    resume,
+    runs_of,
+)
+from .fast import FastRecipe, FastRun
 from .pictures import by_epoch, make_figure
 
+# Of accuracy, in which a loss counts as none.
 MARGIN = 0.01
 
 
@@ -55,10 +65,7 @@ def run(
         keep_environment(report)
         return report
     torch.compiler.reset()
-    trainers = [
-        Trainer(recipe, setting.compile(recipe.compiler), data, test, setting.dense_last)
-        for setting in settings
-    ]
+    trainers = [make_fast_trainer(setting, recipe, data, test) for setting in settings]
     epochs = math.ceil(recipe.epochs)
     with (
         # All settings count together.

@@ -184,6 +184,9 @@ def test_the_suite_has_every_benchmark():
     assert {p.benchmark.name for p in parts} == {*BENCHMARKS, *CHECKS}
     assert [p.check for p in parts] == [True] * 3 + [False] * (len(parts) - 3)
     assert len({p.name for p in parts}) == len(parts)
+    for p in parts:
+        if not p.needs_cuda:
+            assert p.benchmark.tasks(CPU, p.settings)
 
 
 @pytest.mark.slow

@@ -220,7 +220,6 @@ def trainers(monkeypatch):
             return iter([run] * 4)
 
     monkeypatch.setattr(experiment, "Trainer", Recorded)
-    monkeypatch.setattr(race, "Trainer", Recorded)
     monkeypatch.setattr(cifar10, "load", lambda root, device: (images(10), images(10)))
     return made
 

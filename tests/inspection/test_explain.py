@@ -766,6 +766,17 @@ def test_torch_alone_is_enough(report, monkeypatch, tmp_path):
         report.plot(tmp_path / "p.png")
 
 
+def test_the_examples_of_the_docs_run(monkeypatch, capsys):
+    monkeypatch.setenv("SDGP_INNER", "aot_eager")
+    text = (Path(__file__).parents[2] / "docs" / "explain.md").read_text()
+    examples = re.findall(r"```python\n(.*?)```", text, re.S)
+    assert len(examples) == 2
+    exec("\n".join(examples), {})
+    out = capsys.readouterr().out
+    assert "layer4.1.conv2 pruned" in out
+    assert "torch.ops.sdgp.prune_nm" in out
+
+
 # The command line
 
 SMALL = ["explain", "test_resnet", "--batch", "2", "--input-size", "32"]
