@@ -1,6 +1,7 @@
 """Make layers of every kind and their joint graphs, for the tests of the pass."""
 
 import copy
+import functools
 import operator
 
 import torch
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 from sdgp_fx.passes.convolutions import CONVOLUTION_BACKWARD
 from sdgp_fx.passes.linears import BMM, MM
 
-from .graphs import joint_graph
+from .graphs import copy_graph, joint_graph
 
 PRODUCTS = MM, BMM
 
@@ -31,10 +32,15 @@ CONVOLUTIONS = {
 }
 
 
-def convolution_graph(name, dtype=torch.float32, **kwargs):
-    layer, shape = CONVOLUTIONS[name]
+@functools.cache
+def traced(layer, shape, dtype):
+    """Trace a layer once: many tests rewrite the same graph, each a copy of it."""
     layer = copy.deepcopy(layer).to(dtype)
-    return joint_graph(layer, torch.randn(shape, dtype=dtype, requires_grad=True), **kwargs)
+    return joint_graph(layer, torch.randn(shape, dtype=dtype, requires_grad=True))
+
+
+def convolution_graph(name, dtype=torch.float32):
+    return copy_graph(traced(*CONVOLUTIONS[name], dtype))
 
 
 def convolution_on(device, dtype, grad_output, inputs):
@@ -104,9 +110,7 @@ LINEARS = {
 
 
 def linear_graph(name, dtype=torch.float32):
-    layer, shape = LINEARS[name]
-    layer = copy.deepcopy(layer).to(dtype)
-    return joint_graph(layer, torch.randn(shape, dtype=dtype, requires_grad=True))
+    return copy_graph(traced(*LINEARS[name], dtype))
 
 
 def linear_products(gm):

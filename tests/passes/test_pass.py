@@ -255,7 +255,8 @@ def test_bias_taken_out_by_a_decomposition():
         return gx, gw, args[0].sum([0, *range(2, args[0].dim())])
 
     table = {**select_decomp_table(), CONVOLUTION_BACKWARD: without_bias}
-    gm = convolution_graph("conv2d with bias", decompositions=table)
+    x = torch.randn(2, 8, 7, 7, requires_grad=True)
+    gm = joint_graph(nn.Conv2d(8, 16, 3), x, decompositions=table)
     inputs = random_inputs(gm)
     before = run(gm, inputs)
     (decision,) = prune_input_grads(gm.graph, SDGPConfig())
