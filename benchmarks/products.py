@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sdgp_fx import SDGPConfig, explain
 from sdgp_fx.arguments import pattern, positive
 from sdgp_fx.config import PRUNING_FUNCTIONS
-from sdgp_fx.kernels.sparse import cuda
+from sdgp_fx.kernels.sparse import cuda, cusparselt
 from sdgp_fx.kernels.sparse.op import PRUNED_INPUT_GRAD, why_no_product
 from sdgp_fx.kernels.sparse.problem import Problem, empty_result
 from sdgp_fx.measurement import timing
@@ -88,6 +88,10 @@ def measure(
         functions[n, m] = [partial(PRUNED_INPUT_GRAD, *problem) for problem in problems]
         if on_gpu:
             functions["multiply", n, m] = list(map(multiply_alone, problems))
+        if on_gpu and not cusparselt.why_not(problems[0]):
+            functions["cusparselt", n, m] = [
+                partial(cusparselt.pruned_input_grad, problem) for problem in problems
+            ]
     timed = {name: timing.back_to_back(calls, workload.device) for name, calls in functions.items()}
     times = timing.sample(timed, workload.device, seconds)
     rows = []
@@ -97,8 +101,16 @@ def measure(
             timing.summarize([time / len(operands) for time in times[name]])
             for name in ((n, m), "dense")
         )
-        # On a GPU it is times that decide.
-        is_faster = ratio.median < 1 if on_gpu else is_chosen(layer, n, m, prune, torch_dtype)
+        others = {
+            name: timing.ratio(times[name, n, m], times["dense"])
+            for name in ("multiply", "cusparselt")
+            if (name, n, m) in times
+        }
+        if on_gpu:  # It is times that decide.
+            products = [ratio, *(others[name] for name in others if name == "cusparselt")]
+            is_faster = min(product.median for product in products) < 1
+        else:
+            is_faster = is_chosen(layer, n, m, prune, torch_dtype)
         row: Row = {
             "layer": str(layer),
             "count": count,
@@ -115,10 +127,9 @@ def measure(
             "times": {"dense": dataclasses.asdict(library), "sparse": dataclasses.asdict(sparse)},
             "ratio_quartiles": [ratio.low, ratio.high],
         }
-        if ("multiply", n, m) in times:
-            # Without prune and packing.
-            alone = timing.ratio(times["multiply", n, m], times["dense"])
-            row |= {"multiply_ratio": alone.median, "multiply_quartiles": [alone.low, alone.high]}
+        # "multiply" is without prune and packing, "cusparselt" with prune and compression.
+        for name, other in others.items():
+            row |= {f"{name}_ratio": other.median, f"{name}_quartiles": [other.low, other.high]}
         rows.append(row)
     return rows
 
@@ -186,7 +197,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Time the input gradient of every distinct layer of networks: dense by the "
         "library, and by the product that prunes and skips the zeros, in turn; and tell whether "
         "product=auto takes it. On a GPU also without prune and packing, and only the layers that "
-        "sparse tensor cores cover. The gradients are noise.",
+        "sparse tensor cores cover, those that are products of matrices by cuSPARSELt too. The "
+        "gradients are noise.",
         example="--model resnet18 --batch 16 --size 128 --out products.json",
     )
     parser.add_models(("resnet18",))

@@ -67,6 +67,13 @@ def nan_filled_empty():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(scope="session")
+def emulator_folder(tmp_path_factory):
+    """Return a folder for what the emulator compiles, which all workers share."""
+    folder = tmp_path_factory.getbasetemp()
+    return (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "emulated"
+
+
 @pytest.fixture
 def device():
     """Return where the Triton kernels run: a GPU, or Triton's interpreter on CPU tensors."""

@@ -194,12 +194,17 @@ def find_sparse_tensor_cores() -> Finding:
     from ..kernels.sparse.cuda import why_no_architecture
 
     name, dense = "sparse tensor cores", "pruned gradients are multiplied as dense ones on GPUs"
-    if why := why_no_compiler():
-        return Finding(name, f'{why}: {dense}; pip install "sdgp_fx[sparse]" brings both')
-    compiles = f"TileLang {version('tilelang')} and nvcc compile products that skip the zeros"
     if torch.cuda.is_available() and (why := why_no_architecture(torch.device("cuda"))):
         return Finding(name, f"{why}: {dense}")
-    return Finding(name, compiles)
+    if why := why_no_compiler():
+        if torch.backends.cusparselt.is_available():
+            dense = (
+                "on GPUs, pruned gradients of linear layers and 1x1 convolutions are multiplied by "
+                "cuSPARSELt, others as dense ones"
+            )
+        return Finding(name, f'{why}: {dense}; pip install "sdgp_fx[sparse]" brings both')
+    found = f"TileLang {version('tilelang')} and nvcc compile products that skip the zeros"
+    return Finding(name, found)
 
 
 def find_plan(inner: str) -> Finding:

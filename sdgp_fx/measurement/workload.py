@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections import Counter
 from collections.abc import Collection
 from typing import Any
@@ -81,15 +82,7 @@ class Workload:
         Raises:
             ValueError: The network takes no such images.
         """
-        size = self.size
-        images = torch.empty(self.batch, 3, size, size, device="meta")
-        try:
-            return calls_of_convolutions(self.build().to("meta"), images, targets=targets)
-        except Exception as error:  # Networks refuse a size with whatever error they happen to meet
-            reason = first_line(error)
-            raise ValueError(
-                f"--size: {self.model} takes no {size}x{size} images: {reason}"
-            ) from None
+        return list(_convolution_calls(self.model, self.batch, self.size, tuple(targets)))
 
     def count_convolutions(self, targets: Collection[str] = ("conv",)) -> Counter[Convolution]:
         """Return the distinct convolutions, in order, with how often each occurs.
@@ -101,3 +94,17 @@ class Workload:
             ValueError: The network takes no such images.
         """
         return Counter(convolution for _, convolution in self.convolution_calls(targets))
+
+
+# Building a network takes seconds, and a suite asks for one of the same many times.
+@functools.cache
+def _convolution_calls(
+    model: str, batch: int, size: int, targets: tuple[str, ...]
+) -> list[tuple[str, Convolution]]:
+    images = torch.empty(batch, 3, size, size, device="meta")
+    try:
+        network = build_network(model, num_classes=CLASSES).to("meta")
+        return calls_of_convolutions(network, images, targets=targets)
+    except Exception as error:  # Networks refuse a size with whatever error they happen to meet.
+        reason = first_line(error)
+        raise ValueError(f"--size: {model} takes no {size}x{size} images: {reason}") from None

@@ -84,14 +84,16 @@ def test_without_a_sparse_product(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("compiler", "gpu", "found"),
+    ("compiler", "library", "gpu", "found"),
     [
-        ("TileLang is not installed", "", "TileLang is not installed: pruned gradients are"),
-        ("", "", "TileLang "),
-        ("", "no sparse product for compute capability 7.5", "no sparse product for compute"),
+        ("no TileLang", False, "", "no TileLang: pruned gradients are multiplied as dense ones"),
+        ("no TileLang", True, "", "no TileLang: on GPUs, pruned gradients of linear layers and"),
+        ("", True, "", "TileLang "),
+        ("", True, "no sparse product for compute capability 7.5", "no sparse product for comp"),
     ],
 )
-def test_products_on_sparse_tensor_cores(monkeypatch, compiler, gpu, found):
+def test_products_on_sparse_tensor_cores(monkeypatch, compiler, library, gpu, found):
+    monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: library)
     monkeypatch.setattr(binaries, "why_no_compiler", lambda: compiler)
     monkeypatch.setattr(cuda, "why_no_architecture", lambda device: gpu)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(gpu))

@@ -5,7 +5,6 @@ channels whose gradients are pruned to 2:4 to 128: for sm_80, and for sm_90 with
 from shared memory (ss) or registers (rs).
 """
 
-import os
 import re
 from pathlib import Path
 
@@ -50,12 +49,6 @@ SOURCES = {
 }
 
 
-@pytest.fixture(scope="module")
-def cache_dir(tmp_path_factory):
-    folder = tmp_path_factory.getbasetemp()
-    return (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "emulated"
-
-
 def pruned_gradient(batch, dtype):
     """Return a gradient pruned to 2:4, and the kernels' values and places of what is kept."""
     gradient = torch.randn(batch, OUT_CHANNELS, HEIGHT, WIDTH).to(dtype)
@@ -63,9 +56,9 @@ def pruned_gradient(batch, dtype):
     return pruned, *pack(pruned, (1, 1))
 
 
-def error_of(source, cache_dir, batch=BATCH, dtype=torch.bfloat16, change_places=None):
+def error_of(source, emulator_folder, batch=BATCH, dtype=torch.bfloat16, change_places=None):
     """Run a kernel and return how far its result is from a convolution's, relative to that."""
-    run = emulate(source, cache_dir)
+    run = emulate(source, emulator_folder)
     pruned, values, places = pruned_gradient(batch, dtype)
     if change_places:
         change_places(places)
@@ -99,7 +92,7 @@ def error_of(source, cache_dir, batch=BATCH, dtype=torch.bfloat16, change_places
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("kernel", SOURCES)
-def test_results(kernel, dtype, cache_dir):
+def test_results(kernel, dtype, emulator_folder):
     source = SOURCES[kernel]
     if dtype == torch.float16:
         for name, other in {
@@ -110,7 +103,7 @@ def test_results(kernel, dtype, cache_dir):
         }.items():
             source = source.replace(name, other)
     for batch in (1, BATCH):
-        assert error_of(source, cache_dir, batch, dtype) < TOLERANCES[dtype]
+        assert error_of(source, emulator_folder, batch, dtype) < TOLERANCES[dtype]
 
 
 WRONG = None
@@ -185,27 +178,27 @@ MUTATIONS = {
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS)
-def test_mutation(mutation, cache_dir):
+def test_mutation(mutation, emulator_folder):
     kernel, pattern, replacement, message = MUTATIONS[mutation]
     source = replace(SOURCES[kernel], re.compile(pattern, re.DOTALL), replacement)
     if message:
         with pytest.raises(EmulationError, match=message):
-            error_of(source, cache_dir)
+            error_of(source, emulator_folder)
     else:
         # NaN is not less.
-        assert not error_of(source, cache_dir) < 0.1
+        assert not error_of(source, emulator_folder) < 0.1
 
 
 @pytest.mark.parametrize("kernel", SOURCES)
-def test_metadata_must_ascend(kernel, cache_dir):
+def test_metadata_must_ascend(kernel, emulator_folder):
     def swap(places):
         places[0, 2, 3, 1] = 0x4441
 
     with pytest.raises(EmulationError, match="places 1 and 0, which do not ascend"):
-        error_of(SOURCES[kernel], cache_dir, change_places=swap)
+        error_of(SOURCES[kernel], emulator_folder, change_places=swap)
 
 
-def test_every_half(cache_dir):
+def test_every_half(emulator_folder):
     """float16 to and from float32, for all of float16 and halfway between any two."""
     run = emulate(
         'extern "C" __global__ void convert(float* up, half_t* down, half_t* middle, '
@@ -216,7 +209,7 @@ def test_every_half(cache_dir):
         "    middle[i] = (half_t)((up[i] + float(in[i + 1])) * 0.5f);\n"
         "  }\n"
         "}\n",
-        cache_dir,
+        emulator_folder,
     )
     halves = torch.arange(65536).to(torch.int16).view(torch.float16)
     exact = halves[:-1].float()
@@ -261,27 +254,27 @@ STORE_MUTATIONS = {
 }
 
 
-def store(source, cache_dir):
+def store(source, emulator_folder):
     out = torch.full((11, 8), torch.nan)
     out_map = TensorMap("out", element=4, size=(8, 11), stride=(4, 32), box=(8, 8))
-    run = emulate(source, cache_dir)
+    run = emulate(source, emulator_folder)
     run(grid=(1, 2), threads=64, shared_bytes=256, maps={"out_desc": out_map}, out=out)
     return out
 
 
-def test_tma_store(cache_dir):
+def test_tma_store(emulator_folder):
     expected = torch.arange(64.0).view(8, 8).repeat(2, 1)[:11]
-    torch.testing.assert_close(store(STORE, cache_dir), expected, rtol=0, atol=0)
+    torch.testing.assert_close(store(STORE, emulator_folder), expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("mutation", STORE_MUTATIONS)
-def test_tma_store_mutation(mutation, cache_dir):
+def test_tma_store_mutation(mutation, emulator_folder):
     changes, message = STORE_MUTATIONS[mutation]
     source = STORE
     for old, new in changes.items():
         source = source.replace(old, new)
     with pytest.raises(EmulationError, match=message):
-        store(source, cache_dir)
+        store(source, emulator_folder)
 
 
 @pytest.mark.parametrize(

@@ -181,7 +181,7 @@ def test_inductor():
 
     Except for the few groups in which rounding changes which of two nearly equal values is kept.
     """
-    model = make("convnext_atto", depths=(1, 0, 1, 0))  # Inductor takes long.
+    model = make("convnext_atto", depths=(1, 0, 0, 0))  # Inductor takes long.
     state = {key: value.clone() for key, value in model.state_dict().items()}
     result = step(model, torch.compile(model, backend="sdgp"))
     model.load_state_dict(state)

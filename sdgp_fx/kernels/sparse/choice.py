@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from . import store
+from . import cusparselt, measured
+from .measured import CUSPARSELT, DENSE, SPARSE
 from .op import PRUNED_INPUT_GRAD, dense_input_grad
 from .problem import Problem
 
@@ -26,7 +25,7 @@ TIME_MS = 50
 def why_not_chosen(problem: Problem) -> str:
     """Return why the dense product is taken for what a GPU's sparse one covers; "" if it isn't.
 
-    The first call for a problem times both on the problem's device.
+    The first call for a problem times them on the problem's device.
 
     Args:
         problem: Of tensors that may be fake.
@@ -36,21 +35,19 @@ def why_not_chosen(problem: Problem) -> str:
         return DETERMINISTIC
     if not all(isinstance(size, int) for size in (*grad_output.shape, *problem.input_size)):
         return NOT_STATIC
-    path = store.folder() / f"product-{_digest(problem)}.json"
-    if path.exists():
-        times = json.loads(path.read_text())
-    elif torch.cuda.is_current_stream_capturing():
-        return CAPTURED
-    else:
+    times = measured.load(problem)
+    if times is None:
+        if torch.cuda.is_current_stream_capturing():
+            return CAPTURED
         times = measure(problem)
-        store.write(path, json.dumps(times))
-    return "" if times["sparse_ms"] < times["dense_ms"] else NOT_FASTER
+        measured.save(problem, times)
+    return NOT_FASTER if times[DENSE] == min(times.values()) else ""
 
 
 def measure(problem: Problem) -> dict[str, float]:
-    """Time both products of a problem, on noise; return the medians in milliseconds.
+    """Time the products of a problem, on noise; return the medians in milliseconds, by name.
 
-    Prune and packing are part of the sparse one. The dense one gets the gradient as it is, since
+    Prune and packing are part of the sparse ones. The dense one gets the gradient as it is, since
     its prune is fused with what computes the gradient.
     """
     from torch._subclasses.fake_tensor import unset_fake_temporarily
@@ -59,19 +56,28 @@ def measure(problem: Problem) -> dict[str, float]:
     with unset_fake_temporarily(), torch.no_grad():
         products = products_of(_with_noise(problem))
         return {
-            f"{name}_ms": do_bench(product, TIME_MS, TIME_MS, return_mode="median")
+            name: do_bench(product, TIME_MS, TIME_MS, return_mode="median")
             for name, product in products.items()
         }
 
 
 def products_of(problem: Problem) -> dict[str, Callable[[], Tensor]]:
-    """Return functions that compute the input gradient: "sparse", and "dense" without a prune."""
+    """Return functions that compute the input gradient, by name; DENSE does not prune.
+
+    SPARSE is the package's own for a problem that was not measured.
+    """
     grad_output, weight, *_ = problem
-    is_matrix = grad_output.dim() == 2
+    is_linear = grad_output.dim() == 2
     dense = (
-        partial(torch.mm, grad_output, weight) if is_matrix else partial(dense_input_grad, problem)
+        partial(torch.mm, grad_output, weight) if is_linear else partial(dense_input_grad, problem)
     )
-    return {"sparse": partial(PRUNED_INPUT_GRAD, *problem), "dense": dense}
+    products: dict[str, Callable[[], Tensor]] = {
+        SPARSE: partial(PRUNED_INPUT_GRAD, *problem),
+        DENSE: dense,
+    }
+    if grad_output.is_cuda and not cusparselt.why_not(problem):
+        products[CUSPARSELT] = partial(cusparselt.pruned_input_grad, problem)
+    return products
 
 
 def _with_noise(problem: Problem) -> Problem:
@@ -87,14 +93,3 @@ def _with_noise(problem: Problem) -> Problem:
     )
     seed = torch.zeros(1, dtype=torch.int64, device=grad_output.device)
     return problem._replace(grad_output=grad_output, weight=weight, seed=seed)
-
-
-def _digest(problem: Problem) -> str:
-    """Identify a problem on a device, and the libraries that compute it."""
-    tensors = [(tuple(t.shape), t.stride(), str(t.dtype)) for t in problem[:2]]
-    facts = [
-        *(torch.cuda.get_device_name(problem.grad_output.device), torch.__version__),
-        *(torch.backends.cudnn.version(), torch.backends.cudnn.benchmark, store.version()),
-        *(tensors, problem[3:]),
-    ]
-    return hashlib.sha256(repr(facts).encode()).hexdigest()[:32]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ...config import RESCALE_SCOPES
-from .problem import Problem
+from .problem import Problem, empty_result
 
 log = logging.getLogger(__name__)
 
@@ -53,20 +53,44 @@ def why_not_compiled() -> str:
     return _compiled()[1]
 
 
-def pruned_input_grad(problem: Problem, result: Tensor) -> None:
-    """Write the input gradient into result.
+def prepare(problem: Problem) -> Callable[[Problem], Tensor]:
+    """Return a function that computes the input gradients of problems with the same `key_of`.
+
+    In a network of small layers what is done here would take longer than the products.
 
     Args:
         problem: Checked; of one of DTYPES, with no size of 0. All strides are read in place.
-        result: As from `empty_result`.
+
+    Returns:
+        A function whose result is a tensor as from `empty_result`.
 
     Raises:
         ValueError: There is no such pruning function.
     """
+    result = empty_result(problem)
+    size, strides, prepared = result.shape, result.stride(), _describe(problem, result)
+
+    def compute(problem: Problem) -> Tensor:
+        grad_output, weight, seed = problem[:3]
+        result = grad_output.new_empty_strided(size, strides)
+        fields = _Problem.from_buffer_copy(prepared)
+        fields.grad_output, fields.weight = grad_output.data_ptr(), weight.data_ptr()
+        fields.result = result.data_ptr()
+        fields.threads = torch.get_num_threads()
+        fields.seed = 0 if seed is None else int(seed)
+        library, reference = cast(ctypes.CDLL, _compiled()[0]), ctypes.byref(fields)
+        workspace = torch.empty(library.sdgp_workspace_bytes(reference), dtype=torch.uint8)
+        library.sdgp_pruned_input_grad(reference, ctypes.c_void_p(workspace.data_ptr()))
+        return result
+
+    return compute
+
+
+def _describe(problem: Problem, result: Tensor) -> _Problem:
+    """Describe a problem, without the values that differ from one call to the next."""
     if problem.prune not in FUNCTIONS:
         raise ValueError(f"prune: the sparse product has no pruning function {problem.prune!r}")
-    library = cast(ctypes.CDLL, _compiled()[0])
-    grad_output, weight, seed = problem.grad_output, problem.weight, problem.seed
+    grad_output, weight = problem.grad_output, problem.weight
     groups, absent = problem.groups, 5 - grad_output.dim()
 
     def space(values: Sequence[int], fill: int) -> ctypes.Array[ctypes.c_int64]:
@@ -79,13 +103,8 @@ def pruned_input_grad(problem: Problem, result: Tensor) -> None:
     to_next, first, second = weight.shape[0] // groups * weight.stride(0), *weight.stride()[:2]
     of_channels = (second, first) if problem.transposed else (first, second)
     weight_strides = strides((*of_channels, *weight.stride()[2:]), to_next)
-    in_memory = _Problem(
-        grad_output=grad_output.data_ptr(),
-        weight=weight.data_ptr(),
-        result=result.data_ptr(),
+    return _Problem(
         is_bfloat16=grad_output.dtype == torch.bfloat16,
-        threads=torch.get_num_threads(),
-        seed=0 if seed is None else int(seed),
         n=problem.n,
         m=problem.m,
         function=FUNCTIONS.index(problem.prune),
@@ -105,9 +124,6 @@ def pruned_input_grad(problem: Problem, result: Tensor) -> None:
         weight_strides=weight_strides,
         result_strides=strides(result.stride()),
     )
-    size = library.sdgp_workspace_bytes(ctypes.byref(in_memory))
-    workspace = torch.empty(size, dtype=torch.uint8)
-    library.sdgp_pruned_input_grad(ctypes.byref(in_memory), ctypes.c_void_p(workspace.data_ptr()))
 
 
 @functools.cache

@@ -1,4 +1,8 @@
-"""The sparse product of GPUs, on sparse tensor cores: which layers it covers, and its launches."""
+"""The sparse product of GPUs, on sparse tensor cores: which layers it covers, and its launches.
+
+Products of matrices have two implementations, the package's own and cuSPARSELt's. The latter is
+taken where it was measured to be faster, or where the former does not compile.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +11,10 @@ import functools
 import torch
 from torch import Tensor
 
-from . import driver
+from . import cusparselt, driver, measured
 from .binaries import Binary, find, why_no_compiler
 from .packed import Packed, can_pack
-from .problem import Problem
+from .problem import Problem, empty_result, is_matrix
 from .tensor_cores import ARCHITECTURES, IN_CHANNELS, OUT_CHANNELS, Product, tiles
 
 
@@ -22,7 +26,8 @@ def why_not(problem: Problem) -> str:
     """
     if why := why_not_covered(problem):
         return why
-    return _why_no_kernel(product_of(problem), problem.grad_output.device)
+    why = _why_no_kernel(product_of(problem), problem.grad_output.device)
+    return why if why and cusparselt.why_not(problem) else ""
 
 
 def why_no_architecture(device: torch.device) -> str:
@@ -46,7 +51,7 @@ def why_not_covered(problem: Problem) -> str:
         return "no sparse product of this form on GPUs"
     if any(stride != 1 for stride in problem.stride):
         return "the GPU's sparse product has stride 1 alone"
-    sizes = (*weight.shape, *(() if _is_matrix(problem) else problem.input_size[2:]))
+    sizes = (*weight.shape, *(() if is_matrix(problem) else problem.input_size[2:]))
     if not all(isinstance(size, int) for size in sizes):
         return "sizes not known when compiled"
     if weight.shape[0] % OUT_CHANNELS or weight.shape[1] % IN_CHANNELS:
@@ -67,7 +72,7 @@ def halo_of(problem: Problem) -> tuple[int, ...]:
 
 def product_of(problem: Problem) -> Product:
     """Return what a kernel for a covered problem is compiled for."""
-    if _is_matrix(problem):
+    if is_matrix(problem):
         size, kernel, dilation = [1, 1], [1, 1], [1, 1]
     else:
         size, kernel, dilation = (
@@ -85,16 +90,31 @@ def product_of(problem: Problem) -> Product:
     )
 
 
-def pruned_input_grad(problem: Problem, result: Tensor) -> None:
-    """Write the input gradient into result.
+def pruned_input_grad(problem: Problem) -> Tensor:
+    """Compute the input gradient.
 
     Args:
         problem: Covered, with no size of 0. A gradient, or a weight, whose channels are not
             adjacent is copied to channels-last memory first.
-        result: As from `empty_result`; one in contiguous memory is computed in channels-last
-            memory and copied.
+
+    Returns:
+        A tensor as from `empty_result`. In contiguous memory it is a copy, of what was computed in
+        channels-last memory.
     """
+    if _takes_cusparselt(problem):
+        return cusparselt.pruned_input_grad(problem)
+    result = empty_result(problem)
     multiply(problem, pack(problem), result)
+    return result
+
+
+def _takes_cusparselt(problem: Problem) -> bool:
+    if cusparselt.why_not(problem):
+        return False
+    if _find(product_of(problem), problem.grad_output.device) is None:
+        return True
+    times = measured.load(problem)
+    return times is not None and times[measured.CUSPARSELT] < times[measured.SPARSE]
 
 
 def pack(problem: Problem) -> Packed:
@@ -146,11 +166,6 @@ def binary_of(product: Product, device: torch.device) -> Binary:
 def _find(product: Product, device: torch.device) -> Binary | None:
     architecture = ARCHITECTURES[torch.cuda.get_device_capability(device)]
     return find(product, tiles(product, architecture)[0], architecture)
-
-
-def _is_matrix(problem: Problem) -> bool:
-    """Whether the positions are rows like any others: a kernel of size 1 without padding."""
-    return all(size == 1 for size in problem.weight.shape[2:]) and not any(problem.padding)
 
 
 def _channels_last(tensor: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from .. import reference
 from . import cpu, cuda, packed
-from .problem import Problem, check, check_sizes, empty_result
+from .problem import Problem, check, check_sizes, empty_result, key_of
 
 
 def why_not_sparse(problem: Problem) -> str:
@@ -39,15 +40,22 @@ def why_no_product(dtype: torch.dtype, device: torch.device) -> str:
     return cuda.why_no_architecture(device) if device.type == "cuda" else cpu.why_not_compiled()
 
 
-@torch.library.custom_op(
-    "sdgp::pruned_input_grad",
-    mutates_args=(),
-    schema=(
-        "(Tensor grad_output, Tensor weight, Tensor? seed, int n, int m, str prune, str rescale, "
-        "SymInt[] input_size, int[] stride, int[] padding, int[] dilation, bool transposed, "
-        "int groups) -> Tensor"
-    ),
+SCHEMA = (
+    "(Tensor grad_output, Tensor weight, Tensor? seed, int n, int m, str prune, str rescale, "
+    "SymInt[] input_size, int[] stride, int[] padding, int[] dilation, bool transposed, "
+    "int groups) -> Tensor"
 )
+
+# Not a `custom_op`, whose layers of Python would take as long as the product of a small layer.
+_LIBRARY = torch.library.Library("sdgp", "FRAGMENT")
+_LIBRARY.define("pruned_input_grad" + SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
+
+PRUNED_INPUT_GRAD = torch.ops.sdgp.pruned_input_grad.default
+
+# What computes a problem, by `key_of`: checking and preparing it once serves all steps.
+_prepared: dict[Hashable, Callable[[Problem], Tensor]] = {}
+
+
 def pruned_input_grad(*arguments: Any) -> Tensor:
     """Compute the input gradient of a convolution from its output gradient, pruned n:m.
 
@@ -61,29 +69,36 @@ def pruned_input_grad(*arguments: Any) -> Tensor:
 
     Raises:
         ValueError: An argument is not as described there and in `SDGPConfig`.
+        RuntimeError: A derivative of the operator would be needed, which it hasn't.
     """
-    return _dense(Problem(*arguments))
-
-
-PRUNED_INPUT_GRAD = torch.ops.sdgp.pruned_input_grad.default
-
-
-@pruned_input_grad.register_kernel(("cpu", "cuda"))
-def _(*arguments: Any) -> Tensor:
     problem = Problem(*arguments)
+    tensors = problem.grad_output, problem.weight
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        raise RuntimeError("sdgp::pruned_input_grad has no derivative")
+    key = key_of(problem)
+    compute = _prepared.get(key)
+    if compute is None:
+        compute = _prepared[key] = _prepare(problem)
+    return compute(problem)
+
+
+def _prepare(problem: Problem) -> Callable[[Problem], Tensor]:
+    """Check a problem; return a function that computes it, and others with its `key_of`."""
     check(problem)
     if why_not_sparse(problem):
-        return _dense(problem)
+        return _dense
     check_sizes(problem)
-    result = empty_result(problem)
-    if 0 in (problem.grad_output.numel(), problem.weight.numel(), result.numel()):
-        return result.zero_()
-    skip_zeros = cuda if result.is_cuda else cpu
-    skip_zeros.pruned_input_grad(problem, result)
-    return result
+    if 0 in (*problem.grad_output.shape, *problem.weight.shape, *problem.input_size):
+        return lambda problem: empty_result(problem).zero_()
+    if problem.grad_output.is_cuda:
+        return cuda.pruned_input_grad
+    return cpu.prepare(problem)
 
 
-@pruned_input_grad.register_fake
+_LIBRARY.impl("pruned_input_grad", pruned_input_grad, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("sdgp::pruned_input_grad", lib=_LIBRARY)
 def _(*arguments: Any) -> Tensor:
     problem = Problem(*arguments)
     check(problem)
@@ -92,7 +107,6 @@ def _(*arguments: Any) -> Tensor:
 
 def _dense(problem: Problem) -> Tensor:
     """Compute the operator by the reference and a dense product, on any device."""
-    check(problem)
     grad_output, _, seed, n, m, prune, rescale, *_ = problem
     pruned = reference.prune_nm(grad_output, seed, n, m, prune, rescale)
     result = empty_result(problem)

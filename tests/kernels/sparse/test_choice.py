@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sdgp_fx.kernels.sparse import choice, store
+from sdgp_fx.kernels.sparse import choice, measured, store
 from sdgp_fx.kernels.sparse.op import why_not_sparse
 from sdgp_fx.kernels.sparse.problem import Problem
 
@@ -16,6 +16,7 @@ from ...helpers.input_grads import make_case
 @pytest.fixture
 def problem(monkeypatch, tmp_path):
     """A problem of fake tensors on a GPU that is not there."""
+    measured._load.cache_clear()
     monkeypatch.setattr(store, "folder", lambda: tmp_path / "sdgp")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
@@ -27,10 +28,10 @@ def problem(monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def measured(monkeypatch):
+def timed_as(monkeypatch):
     """Problems that were measured, each of which took its time from `times`."""
     problems = []
-    times = {"sparse_ms": 1.0, "dense_ms": 2.0}
+    times = {measured.SPARSE: 1.0, measured.DENSE: 2.0}
 
     def measure(problem):
         problems.append(problem)
@@ -40,10 +41,18 @@ def measured(monkeypatch):
     return problems, times
 
 
-@pytest.mark.parametrize(("sparse_ms", "why"), [(1.0, ""), (3.0, choice.NOT_FASTER)])
-def test_the_faster_one_is_taken_and_kept(problem, measured, sparse_ms, why):
-    problems, times = measured
-    times["sparse_ms"] = sparse_ms
+@pytest.mark.parametrize(
+    ("others", "why"),
+    [
+        ({}, ""),
+        ({measured.SPARSE: 3.0}, choice.NOT_FASTER),
+        ({measured.SPARSE: 3.0, measured.CUSPARSELT: 1.0}, ""),
+        ({measured.SPARSE: 3.0, measured.CUSPARSELT: 2.5}, choice.NOT_FASTER),
+    ],
+)
+def test_the_fastest_is_taken_and_kept(problem, timed_as, others, why):
+    problems, times = timed_as
+    times.update(others)
     assert [choice.why_not_chosen(problem) for _ in range(2)] == [why, why]
     assert problems == [problem]
     (file,) = store.folder().iterdir()
@@ -59,39 +68,39 @@ def test_the_faster_one_is_taken_and_kept(problem, measured, sparse_ms, why):
         {"input_size": (2, 64, 6, 7)},
     ],
 )
-def test_each_problem_is_measured_for_itself(problem, measured, changes):
+def test_each_problem_is_measured_for_itself(problem, timed_as, changes):
     choice.why_not_chosen(problem)
     choice.why_not_chosen(problem._replace(**changes))
-    assert len(measured[0]) == 2
+    assert len(timed_as[0]) == 2
 
 
-def test_strides_and_the_gpu_make_other_problems(problem, measured, monkeypatch):
+def test_strides_and_the_gpu_make_other_problems(problem, timed_as, monkeypatch):
     choice.why_not_chosen(problem)
     last = problem.grad_output.to(memory_format=torch.channels_last)
     choice.why_not_chosen(problem._replace(grad_output=last))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "another GPU")
     choice.why_not_chosen(problem)
-    assert len(measured[0]) == 3
+    assert len(timed_as[0]) == 3
 
 
-def test_nothing_is_measured_under_deterministic_algorithms(problem, measured):
+def test_nothing_is_measured_under_deterministic_algorithms(problem, timed_as):
     choice.why_not_chosen(problem)
     torch.use_deterministic_algorithms(True)
     try:
         assert choice.why_not_chosen(problem) == choice.DETERMINISTIC
     finally:
         torch.use_deterministic_algorithms(False)
-    assert len(measured[0]) == 1
+    assert len(timed_as[0]) == 1
 
 
-def test_nothing_is_measured_while_a_graph_is_captured(problem, measured, monkeypatch):
+def test_nothing_is_measured_while_a_graph_is_captured(problem, timed_as, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert choice.why_not_chosen(problem) == choice.CAPTURED
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     choice.why_not_chosen(problem)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert choice.why_not_chosen(problem) == ""
-    assert len(measured[0]) == 1
+    assert len(timed_as[0]) == 1
 
 
 def test_noise_lies_as_what_it_stands_for():
@@ -113,5 +122,5 @@ def test_both_products_compute_the_same(monkeypatch):
         pruned = case.replace(grad_output=torch.zeros_like(case.grad_output))
         pruned.grad_output[:, ::4] = case.grad_output[:, ::4]
         products = choice.products_of(Problem(*pruned.arguments(prune="magnitude")))
-        torch.testing.assert_close(products["sparse"](), products["dense"]())
+        torch.testing.assert_close(products[measured.SPARSE](), products[measured.DENSE]())
         assert why_not_sparse(Problem(*pruned.arguments())) == ""

@@ -528,4 +528,4 @@ def test_every_function_is_known_and_an_unknown_one_refused(monkeypatch):
         *([1, 1], [0, 0], [1, 1], False, 1),
     )
     with pytest.raises(ValueError, match="sparse product has no pruning function 'magnitude'"):
-        cpu.pruned_input_grad(problem, torch.empty_like(x))
+        cpu.prepare(problem)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sdgp_fx.kernels.op import prune_nm
-from sdgp_fx.kernels.sparse import choice
+from sdgp_fx.kernels.sparse import choice, cuda, cusparselt, measured
 from sdgp_fx.kernels.sparse.op import PRUNED_INPUT_GRAD, why_not_sparse
 from sdgp_fx.kernels.sparse.problem import Problem
 
@@ -24,8 +24,8 @@ LAYERS = {
 }
 
 
-def problem_on_gpu(layer, dtype, pattern=(2, 4), prune="magnitude", last=True):
-    case = make_case(96, 128, **{"batch": 9} | LAYERS[layer], dtype=dtype)
+def problem_on_gpu(layer, dtype, pattern=(2, 4), prune="magnitude", last=True, **changes):
+    case = make_case(96, 128, **{"batch": 9} | LAYERS[layer] | changes, dtype=dtype)
     tensors = (case.grad_output.cuda(), case.weight.cuda())
     grad_output, weight = map(channels_last, tensors) if last else tensors
     seed = torch.tensor([5], device="cuda")
@@ -41,7 +41,7 @@ def error(problem):
     grad_output, weight, seed, n, m, prune, rescale, *_ = problem
     pruned = prune_nm(grad_output, seed, n, m, prune, rescale, 1)
     dense = problem._replace(grad_output=pruned.float(), weight=weight.float())
-    expected = choice.products_of(dense)["dense"]()
+    expected = choice.products_of(dense)[measured.DENSE]()
     actual = PRUNED_INPUT_GRAD(*problem).float()
     return ((actual - expected).norm() / expected.norm()).item()
 
@@ -52,6 +52,17 @@ def error(problem):
 def test_agrees_with_the_library(layer, dtype, last):
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         assert error(problem_on_gpu(layer, dtype, last=last)) < ERROR[dtype]
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("layer", ["1x1", "linear"])
+def test_cusparselt_agrees_with_the_library(layer, last, monkeypatch):
+    problem = problem_on_gpu(layer, torch.bfloat16, last=last, batch=16)
+    if why := cusparselt.why_not(problem):
+        pytest.skip(why)
+    monkeypatch.setattr(cuda, "_takes_cusparselt", lambda problem: True)
+    assert error(problem) < ERROR[torch.bfloat16]
+    assert measured.CUSPARSELT in choice.measure(problem)
 
 
 @pytest.mark.parametrize("prune", ["random", "rescaled_magnitude", "mvue"])

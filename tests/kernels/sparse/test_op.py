@@ -76,6 +76,25 @@ def test_other_dtypes_are_multiplied_densely(layer, dtype):
         torch.testing.assert_close(result, expected.to(dtype), rtol=2e-3, atol=2e-2)
 
 
+def test_calls_of_one_form_have_their_own_tensors_and_seeds():
+    for seed in (torch.tensor([1]), torch.tensor([2])):
+        case = make_case(6, 16, (3, 3), (5, 5), padding=1)
+        result = op.PRUNED_INPUT_GRAD(*case.arguments(2, 4, "random", seed=seed))
+        pruned = reference.prune_nm(case.grad_output, seed, 2, 4, "random", "group")
+        torch.testing.assert_close(result, case.input_grad(pruned).float(), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="seed: expected one int64"):
+        op.PRUNED_INPUT_GRAD(*case.arguments(2, 4, "random", seed=torch.tensor([1.0])))
+
+
+def test_there_is_no_derivative():
+    case = make_case(6, 16, (3, 3), (5, 5))
+    arguments = case.replace(weight=case.weight.requires_grad_()).arguments()
+    with pytest.raises(RuntimeError, match="has no derivative"):
+        op.PRUNED_INPUT_GRAD(*arguments)
+    with torch.no_grad():
+        op.PRUNED_INPUT_GRAD(*arguments)
+
+
 def test_why_no_product():
     host = torch.device("cpu")
     for dtype in (torch.float32, torch.bfloat16):

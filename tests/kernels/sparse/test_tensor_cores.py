@@ -16,7 +16,7 @@ from sdgp_fx.kernels.sparse import cuda
 from sdgp_fx.kernels.sparse.binaries import Binary, why_no_compiler
 from sdgp_fx.kernels.sparse.op import PRUNED_INPUT_GRAD
 from sdgp_fx.kernels.sparse.packed import pack
-from sdgp_fx.kernels.sparse.problem import Problem, empty_result
+from sdgp_fx.kernels.sparse.problem import Problem
 from sdgp_fx.kernels.sparse.tensor_cores import Product, tiles
 
 from ...emulation.emulator import EmulationError
@@ -31,16 +31,12 @@ TOLERANCES = {
     torch.float16: {"rtol": 2**-10, "atol": 2e-3},
 }
 
+MATRICES = Product("float16", 1, 1, 256, 256, (1, 1), (1, 1))
 SHAPES = {
     "3x3": Product("bfloat16", 5, 7, 64, 64, (3, 3), (1, 1)),
-    "1x1": Product("float16", 1, 1, 128, 256, (1, 1), (1, 1)),
+    "1x1": MATRICES,
     "5x3, dilated": Product("float16", 9, 6, 64, 32, (5, 3), (1, 2)),
 }
-
-
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("emulated")
 
 
 def operands(product, batch):
@@ -63,19 +59,22 @@ def input_grad(product, pruned, weight):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("name", SHAPES)
-def test_every_tile_gives_the_input_gradient(name, architecture, dtype, folder, monkeypatch):
+def test_every_tile_gives_the_input_gradient(
+    name, architecture, dtype, emulator_folder, monkeypatch
+):
     product, batch = SHAPES[name]._replace(dtype=dtype), 131 if name == "1x1" else 3
     # Narrower ones than the widest are left to the other shapes.
     fitting = tiles(product, architecture)
     widest = [tile for tile in fitting if tile.columns == max(tile.columns for tile in fitting)]
     pruned, weight, halo = operands(product, batch)
     expected = input_grad(product, pruned, weight).to(pruned.dtype)
+
+    def launch(binary, device, *rest):
+        emulated_product.launch(binary.kernel, emulator_folder, *rest)
+
+    monkeypatch.setattr("sdgp_fx.kernels.sparse.driver.launch", launch)
     for tile in widest:
         kernel = emulated_product.lower(product, tile, architecture)
-        monkeypatch.setattr(
-            "sdgp_fx.kernels.sparse.driver.launch",
-            lambda binary, device, *rest: emulated_product.launch(binary.kernel, folder, *rest),
-        )
         out = channels_last(torch.full_like(expected, float("nan")))
         cuda.launch(Binary(kernel, b""), product, pack(pruned, halo), weight, out)
         torch.testing.assert_close(out, expected, **TOLERANCES[pruned.dtype])
@@ -93,9 +92,9 @@ BROKEN = {
 
 @pytest.mark.parametrize("specialized", [False, True])
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_kernel_is_seen(name, specialized, folder):
+def test_a_broken_kernel_is_seen(name, specialized, emulator_folder):
     """Break a kernel: the emulator objects, or the result is wrong."""
-    product = Product("float16", 1, 1, 256, 128, (1, 1), (1, 1))
+    product = MATRICES
     tile = next(
         t for t in tiles(product, "sm_90") if t.specialized == specialized and t.depth == 64
     )
@@ -108,7 +107,8 @@ def test_a_broken_kernel_is_seen(name, specialized, folder):
 
     def run(kernel):
         out = channels_last(torch.full_like(expected, float("nan")))
-        emulated_product.launch(kernel, folder, 1, {**tensors, "out": out}, 100)
+        blocks = product.in_channels // tile.columns
+        emulated_product.launch(kernel, emulator_folder, blocks, {**tensors, "out": out}, 100)
         torch.testing.assert_close(out, expected, **TOLERANCES[torch.float16])
 
     run(kernel)
@@ -125,7 +125,7 @@ LAYERS = {
 
 
 @pytest.fixture
-def emulated(folder, monkeypatch):
+def emulated(emulator_folder, monkeypatch):
     """Let the sparse product of GPUs run on the CPU: Triton interprets, the emulator multiplies."""
 
     def find(product, device):
@@ -133,7 +133,7 @@ def emulated(folder, monkeypatch):
         return Binary(emulated_product.lower(product, tile, "sm_90"), b"")
 
     def launch(binary, device, *rest):
-        emulated_product.launch(binary.kernel, folder, *rest)
+        emulated_product.launch(binary.kernel, emulator_folder, *rest)
 
     monkeypatch.setattr(cuda, "binary_of", find)
     monkeypatch.setattr("sdgp_fx.kernels.sparse.driver.launch", launch)
@@ -151,8 +151,7 @@ def test_the_operator(layer, last, emulated, nan_filled_empty):
         case = case.replace(**last_memory)
     problem = Problem(*case.arguments(1, 4, "rescaled_magnitude"))
     assert cuda.why_not_covered(problem) == ""
-    result = empty_result(problem).fill_(float("nan"))
-    cuda.pruned_input_grad(problem, result)
+    result = cuda.pruned_input_grad(problem)
     pruned = reference.prune_nm(case.grad_output, None, 1, 4, "rescaled_magnitude", "group")
     expected = case.input_grad(pruned).half()
     torch.testing.assert_close(result, expected, **TOLERANCES[torch.float16])
@@ -208,7 +207,7 @@ def matrix_instructions(kernel, architecture, folder):
 )
 def test_machine_code(architecture, sparse, dense, tmp_path):
     """An instruction makes the multiply-adds of two dense ones, which are of half the depth."""
-    product = Product("bfloat16", 1, 1, 256, 128, (1, 1), (1, 1))
+    product = MATRICES._replace(dtype="bfloat16")
     tile = tiles(product, architecture)[0]
     kernel = emulated_product.lower(product, tile, architecture)
     found = matrix_instructions(kernel, architecture, tmp_path)
