@@ -42,7 +42,7 @@ def is_profitable(layer: Layer, config: SDGPConfig) -> bool:
     Symbolic sizes count as large ones; a device without costs of its own is taken for a GPU.
     """
     if config.structure == "element":
-        return _saves(layer, config, prune=0)
+        return is_sparse_faster(layer, config)
     grad_output, weight = (node.meta["val"] for node in (layer.grad_output, layer.weight))
     cost, kept = COST.get(grad_output.device.type, COST["cuda"]), config.n / config.m
     least = cost.value + cost.kept * kept
@@ -53,50 +53,31 @@ def is_profitable(layer: Layer, config: SDGPConfig) -> bool:
 
 
 class SparseCost(NamedTuple):
-    """What a product that skips zeros takes, in multiply-adds of the dense one.
+    """What a product that skips zeros costs, in multiply-adds of the dense one.
+
+    Of values and calls, what it costs more than the dense one.
 
     Attributes:
         mac: Per multiply-add that it makes, which loads a vector. Channels are padded to whole
             vectors.
         value: Per value of grad_output, which is pruned and packed.
         choice: Per value of grad_output and per value kept of a group: each is chosen from all.
-        result: Per value of the input gradient.
         pair: Per position of grad_output, tap, row and slab: sums are loaded and stored.
-        weight: Per value of the weight, which is packed.
+        call: Per layer.
     """
 
     mac: float
     value: float
     choice: float
-    result: float
     pair: float
-    weight: float
-
-
-class DenseCost(NamedTuple):
-    """What the library's product takes besides its multiply-adds, in multiply-adds.
-
-    A product of matrices takes nothing besides.
-
-    Attributes:
-        result: Per value of the input gradient.
-        weight: Per value of the weight, which is put in another order.
-    """
-
-    result: float
-    weight: float
+    call: float
 
 
 # Fitted to times on AMD EPYC in float32 with two threads (AVX2), of python -m benchmarks.products.
 # Nothing is known of bfloat16 on a CPU with instructions for it, where both products are others.
-# What is saved has to be more than MARGIN of the dense product.
-SPARSE_COST = SparseCost(1.56, 15, 9, 51, 84, 26)
-DENSE_COST = DenseCost(42, 34)
+# What is saved has to be more than MARGIN of the product.
+SPARSE_COST = SparseCost(1.6, 10, 10, 84, 3e6)
 MARGIN = 0.03
-
-# Per value of grad_output: the prune ahead of the dense product, fused with what computes the
-# gradient, takes about this many multiply-adds. The sparse product prunes by itself.
-PRUNE = 20
 
 # Of float32 in a vector of the CPU; vectors of a row of sums, and output channels of a slab, which
 # kernels/sparse/pruned_input_grad.cpp chooses for each layer: about as many as here.
@@ -112,21 +93,15 @@ GPU_PACKING = 287
 
 
 def is_sparse_faster(layer: Layer, config: SDGPConfig) -> bool:
-    """Whether the product that skips zeros is expected to be faster than prune and dense product.
+    """Whether the product that skips zeros is expected to take less time than the dense one.
 
     Symbolic sizes count as large ones. On a GPU that is the best case, calculated from bytes; what
     it takes has to be measured.
     """
-    return _saves(layer, config, PRUNE)
-
-
-def _saves(layer: Layer, config: SDGPConfig, prune: float) -> bool:
-    """Whether the sparse product is faster than a dense one whose prune takes so much a value."""
     grad_output, weight = (node.meta["val"] for node in (layer.grad_output, layer.weight))
     if grad_output.device.type != "cpu":
         return statically_known_true(layer.macs_per_grad_value / 2 >= GPU_PACKING)
-    cost = SPARSE_COST
-    values, results, weights = grad_output.numel(), layer.input_grad.numel(), weight.numel()
+    cost, values = SPARSE_COST, grad_output.numel()
     in_channels = layer.input.meta["val"].shape[layer.channel_dim] // layer.groups
     out_channels = layer.channels // layer.groups
     lanes = LANES.get(torch.backends.cpu.get_cpu_capability(), 4)
@@ -134,13 +109,7 @@ def _saves(layer: Layer, config: SDGPConfig, prune: float) -> bool:
     macs = layer.macs * config.n / config.m * (vectors * lanes / in_channels)
     rows = -(-vectors // min(vectors, ROW_VECTORS)) * -(-out_channels // SLAB_CHANNELS)
     pairs = values // out_channels * math.prod(weight.shape[2:]) * rows
-    sparse = macs * cost.mac + values * (cost.value + cost.choice * config.n)
-    sparse += results * cost.result + pairs * cost.pair
-    dense = layer.macs
-    has_kernel = len(layer.weight_shape) > 2
-    if has_kernel:
-        dense += results * DENSE_COST.result
-    if isinstance(values, int) and isinstance(weights, int):
-        sparse += weights * cost.weight
-        dense += weights * DENSE_COST.weight * has_kernel
-    return statically_known_true(sparse <= dense * (1 - MARGIN) + values * prune)
+    least = macs * cost.mac + values * (cost.value + cost.choice * config.n) + pairs * cost.pair
+    if isinstance(values, int):
+        least += cost.call
+    return statically_known_true(least <= layer.macs * (1 - MARGIN))

@@ -84,7 +84,7 @@ def product(layer, shape, **settings):
     [
         (nn.Conv2d(256, 64, 3, padding=1), (8, 256, 16, 16), True),
         (nn.Conv2d(16, 64, 1), (8, 16, 32, 32), False),  # Few multiply-adds a value.
-        (nn.Conv2d(256, 8, 1), (1, 256, 4, 4), False),  # The weight is packed for few positions.
+        (nn.Conv2d(256, 8, 1), (1, 256, 4, 4), False),  # A call costs.
         (nn.Linear(2048, 512), (512, 2048), True),
     ],
 )
@@ -100,12 +100,6 @@ def test_elements_are_profitable_where_skipping_zeros_is_faster(layer, shape, is
     decision = product(layer, shape, layers="profitable", product="sparse")
     assert decision.pruned == is_faster
     assert not product(layer, shape, layers="profitable", product="dense").pruned
-
-
-def test_a_layer_that_is_pruned_anyway_is_spared_the_prune_of_its_own():
-    layer = nn.Conv2d(160, 160, 1), (16, 160, 8, 8)
-    assert product(*layer).product == "sparse"
-    assert product(*layer, layers="profitable").reason == why.NOT_PROFITABLE["element"]
 
 
 def test_nothing_is_saved_where_most_is_kept():

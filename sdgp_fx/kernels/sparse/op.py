@@ -40,7 +40,7 @@ def why_no_product(dtype: torch.dtype, device: torch.device) -> str:
     return cuda.why_no_architecture(device) if device.type == "cuda" else cpu.why_not_compiled()
 
 
-SCHEMA = (
+_SCHEMA = (
     "(Tensor grad_output, Tensor weight, Tensor? seed, int n, int m, str prune, str rescale, "
     "SymInt[] input_size, int[] stride, int[] padding, int[] dilation, bool transposed, "
     "int groups) -> Tensor"
@@ -48,12 +48,14 @@ SCHEMA = (
 
 # Not a `custom_op`, whose layers of Python would take as long as the product of a small layer.
 _LIBRARY = torch.library.Library("sdgp", "FRAGMENT")
-_LIBRARY.define("pruned_input_grad" + SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
+_LIBRARY.define("pruned_input_grad" + _SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
 
 PRUNED_INPUT_GRAD = torch.ops.sdgp.pruned_input_grad.default
 
-# What computes a problem, by `key_of`: checking and preparing it once serves all steps.
+# What computes a problem, by `key_of`: checking and preparing it once serves all steps. Where sizes
+# differ from step to step there is no end of them.
 _prepared: dict[Hashable, Callable[[Problem], Tensor]] = {}
+MOST_PREPARED = 10_000
 
 
 def pruned_input_grad(*arguments: Any) -> Tensor:
@@ -78,6 +80,8 @@ def pruned_input_grad(*arguments: Any) -> Tensor:
     key = key_of(problem)
     compute = _prepared.get(key)
     if compute is None:
+        if len(_prepared) >= MOST_PREPARED:
+            _prepared.clear()
         compute = _prepared[key] = _prepare(problem)
     return compute(problem)
 
