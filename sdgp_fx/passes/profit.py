@@ -75,8 +75,8 @@ class SparseCost(NamedTuple):
 
 # Fitted to times on AMD EPYC in float32 with two threads (AVX2), of python -m benchmarks.products.
 # Nothing is known of bfloat16 on a CPU with instructions for it, where both products are others.
-# What is saved has to be more than MARGIN of the product, of matrices MATRIX_MARGIN: what these take
-# varied by a factor of up to 2.7 between two processes, for reasons that are not known.
+# What is saved has to be more than MARGIN of the product, and MATRIX_MARGIN of one of matrices: its
+# time differed by a factor of up to 2.4 from one process to another, why is not known.
 SPARSE_COST = SparseCost(1.6, 10, 10, 84, 3e6)
 MARGIN = 0.08
 MATRIX_MARGIN = 0.15
