@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from benchmarks.harness import correctness
-from sdgp_fx.measurement.workload import MEMORY_FORMATS
+from sdgp_fx.kernels.sparse import choice, measured
+from sdgp_fx.measurement.convolutions import calls_of_convolutions
+from sdgp_fx.measurement.workload import MEMORY_FORMATS, Workload
 
 CPU = torch.device("cpu")
 
@@ -77,3 +79,20 @@ def test_a_wrong_network_is_found(monkeypatch, factors, said):
     monkeypatch.setattr(torch, "compile", compile_)
     (row,) = correctness.check_network(CPU, "magnitude", "group", "channels_last")
     assert (row["failure"] is None) if said is None else (said in row["failure"])
+
+
+@pytest.mark.parametrize(("factor", "said"), [(1, None), (1.1, "differs by 1.0e-01 of its norm")])
+def test_a_wrong_product_is_found(monkeypatch, factor, said):
+    products_of = choice.products_of
+
+    def with_another(problem):
+        products = products_of(problem)
+        return {**products, measured.CUSPARSELT: lambda: factor * products[measured.SPARSE]()}
+
+    monkeypatch.setattr(choice, "products_of", with_another)
+    x = torch.randn(2, 8, 5, 5, requires_grad=True)
+    ((_, layer),) = calls_of_convolutions(torch.nn.Conv2d(8, 16, 1), x)
+    own, other = correctness.check_product(Workload("m", 2, 5, "float32"), layer)
+    assert (own["product"], other["product"]) == ("sparse", "cusparselt")
+    assert own["failure"] is None
+    assert (other["failure"] is None) if said is None else (said in other["failure"])
