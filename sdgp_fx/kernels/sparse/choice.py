@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from . import cusparselt, measured
+from . import cuda, cusparselt, measured
 from .measured import CUSPARSELT, DENSE, SPARSE
 from .op import PRUNED_INPUT_GRAD, dense_input_grad
 from .problem import Problem
@@ -36,7 +36,8 @@ def why_not_chosen(problem: Problem) -> str:
     if not all(isinstance(size, int) for size in (*grad_output.shape, *problem.input_size)):
         return NOT_STATIC
     times = measured.load(problem)
-    if times is None:
+    # TileLang may have been installed since.
+    if times is None or (SPARSE not in times and cuda.has_kernel(problem)):
         if torch.cuda.is_current_stream_capturing():
             return CAPTURED
         times = measure(problem)
@@ -54,27 +55,30 @@ def measure(problem: Problem) -> dict[str, float]:
     from triton.testing import do_bench
 
     with unset_fake_temporarily(), torch.no_grad():
-        products = products_of(_with_noise(problem))
-        return {
-            name: do_bench(product, TIME_MS, TIME_MS, return_mode="median")
-            for name, product in products.items()
-        }
+        times = {}
+        for name, product in products_of(_with_noise(problem)).items():
+            try:
+                times[name] = do_bench(product, TIME_MS, TIME_MS, return_mode="median")
+            except RuntimeError:
+                # A form that the library refuses.
+                if name != CUSPARSELT:
+                    raise
+        return times
 
 
 def products_of(problem: Problem) -> dict[str, Callable[[], Tensor]]:
     """Return functions that compute the input gradient, by name; DENSE does not prune.
 
-    SPARSE is the package's own for a problem that was not measured.
+    SPARSE is the package's own, for a problem that was not measured.
     """
     grad_output, weight, *_ = problem
     is_linear = grad_output.dim() == 2
     dense = (
         partial(torch.mm, grad_output, weight) if is_linear else partial(dense_input_grad, problem)
     )
-    products: dict[str, Callable[[], Tensor]] = {
-        SPARSE: partial(PRUNED_INPUT_GRAD, *problem),
-        DENSE: dense,
-    }
+    products: dict[str, Callable[[], Tensor]] = {DENSE: dense}
+    if not grad_output.is_cuda or cuda.has_kernel(problem):
+        products[SPARSE] = partial(PRUNED_INPUT_GRAD, *problem)
     if grad_output.is_cuda and not cusparselt.why_not(problem):
         products[CUSPARSELT] = partial(cusparselt.pruned_input_grad, problem)
     return products

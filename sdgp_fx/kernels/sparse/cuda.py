@@ -111,10 +111,12 @@ def pruned_input_grad(problem: Problem) -> Tensor:
 def _takes_cusparselt(problem: Problem) -> bool:
     if cusparselt.why_not(problem):
         return False
-    if _find(product_of(problem), problem.grad_output.device) is None:
-        return True
-    times = measured.load(problem)
-    return times is not None and times[measured.CUSPARSELT] < times[measured.SPARSE]
+    return not has_kernel(problem) or measured.is_cusparselt_faster(problem)
+
+
+def has_kernel(problem: Problem) -> bool:
+    """Whether a covered problem has a product of the package's own on its GPU."""
+    return _find(product_of(problem), problem.grad_output.device) is not None
 
 
 def pack(problem: Problem) -> Packed:

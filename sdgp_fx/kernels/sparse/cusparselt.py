@@ -32,15 +32,19 @@ def why_not(problem: Problem) -> str:
     rows = math.prod(positions, start=batch)
     if not isinstance(rows, int):
         return "sizes not known when compiled"
-    return f"rows are no multiple of {ROWS}" if rows % ROWS else ""
+    return "" if rows and rows % ROWS == 0 else f"rows are no multiple of {ROWS}"
 
 
 def pruned_input_grad(problem: Problem) -> Tensor:
     """Compute the input gradient of a covered problem; return a tensor as from `empty_result`."""
     grad_output, weight, seed, n, m, prune, rescale, *_ = problem
     pruned = PRUNE_NM(grad_output, seed, n, m, prune, rescale, 1).movedim(1, -1)
-    compressed = torch._cslt_compress(pruned.reshape(-1, pruned.shape[-1]))
-    rows = torch._cslt_sparse_mm(compressed, weight.flatten(1).contiguous())
+    weight = weight.flatten(1).contiguous()
+    if weight.data_ptr() % 16:
+        weight = weight.clone()
+    # It goes by sizes and addresses alone: of what is not contiguous it would read other values.
+    compressed = torch._cslt_compress(pruned.reshape(-1, pruned.shape[-1]).contiguous())
+    rows = torch._cslt_sparse_mm(compressed, weight)
     input_grad = rows.view(*pruned.shape[:-1], -1).movedim(-1, 1)
     if grad_output.dim() == 2 or grad_output.stride(1) == 1:
         return input_grad

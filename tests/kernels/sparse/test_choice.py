@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sdgp_fx.kernels.sparse import choice, measured, store
+from sdgp_fx.kernels.sparse import choice, cuda, measured, store
 from sdgp_fx.kernels.sparse.op import why_not_sparse
 from sdgp_fx.kernels.sparse.problem import Problem
 
@@ -55,7 +55,7 @@ def test_the_fastest_is_taken_and_kept(problem, timed_as, others, why):
     times.update(others)
     assert [choice.why_not_chosen(problem) for _ in range(2)] == [why, why]
     assert problems == [problem]
-    (file,) = store.folder().iterdir()
+    (file,) = store.folder().glob("product-*")
     assert json.loads(file.read_text()) == times
 
 
@@ -81,6 +81,18 @@ def test_strides_and_the_gpu_make_other_problems(problem, timed_as, monkeypatch)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "another GPU")
     choice.why_not_chosen(problem)
     assert len(timed_as[0]) == 3
+
+
+def test_a_kernel_that_was_not_there_is_measured(problem, timed_as, monkeypatch):
+    problems, times = timed_as
+    own = times.pop(measured.SPARSE)
+    times[measured.CUSPARSELT] = 3.0
+    monkeypatch.setattr(cuda, "has_kernel", lambda problem: False)
+    assert [choice.why_not_chosen(problem) for _ in range(2)] == [choice.NOT_FASTER] * 2
+    times[measured.SPARSE] = own
+    monkeypatch.setattr(cuda, "has_kernel", lambda problem: True)
+    assert [choice.why_not_chosen(problem) for _ in range(2)] == ["", ""]
+    assert len(problems) == 2
 
 
 def test_nothing_is_measured_under_deterministic_algorithms(problem, timed_as):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sdgp_fx.kernels import reference
-from sdgp_fx.kernels.sparse import cuda, cusparselt, measured
+from sdgp_fx.kernels.sparse import cuda, cusparselt, measured, store
 from sdgp_fx.kernels.sparse.op import PRUNED_INPUT_GRAD
 from sdgp_fx.kernels.sparse.problem import Problem
 
@@ -23,17 +23,22 @@ def library(monkeypatch):
 
     def compress(rows):
         assert rows.dim() == 2
-        assert rows.is_contiguous()
+        rows = as_rows(rows)
         assert (rows.unflatten(1, (-1, 4)) != 0).sum(2).max() <= 2
         return rows
 
     def multiply(compressed, weight):
-        assert weight.is_contiguous()
-        return compressed @ weight
+        return compressed @ as_rows(weight)
 
     monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: True)
     monkeypatch.setattr(torch, "_cslt_compress", compress)
     monkeypatch.setattr(torch, "_cslt_sparse_mm", multiply)
+
+
+def as_rows(tensor):
+    """Read memory as rows of the tensor's length, as the library does."""
+    assert tensor.data_ptr() % 16 == 0
+    return torch.as_strided(tensor, tensor.shape, (tensor.shape[1], 1))
 
 
 def problem_of(layer, last=False, **changes):
@@ -55,9 +60,26 @@ def test_multiplies_the_pruned_gradient(layer, last, library):
     assert result.stride() == PRUNED_INPUT_GRAD(*problem).stride()
 
 
+@pytest.mark.parametrize("layer", ["linear", "1x1"])
+def test_what_is_not_in_rows_is_copied(layer, library):
+    """Column-major gradients, as of one contiguous sample, and weights that are not aligned."""
+    changes = {"size": (4, 4), "batch": 1} if layer == "1x1" else {}
+    case = make_case(32, 64, **LAYERS[layer] | changes)
+    grad_output = case.grad_output
+    if layer == "linear":
+        grad_output = grad_output.T.contiguous().T
+    memory = torch.empty(case.weight.numel() + 1)
+    weight = memory[1:].view(case.weight.shape).copy_(case.weight)
+    case = case.replace(grad_output=grad_output, weight=weight)
+    result = cusparselt.pruned_input_grad(Problem(*case.arguments(2, 4, "magnitude")))
+    pruned = reference.prune_nm(case.grad_output, None, 2, 4, "magnitude", "group")
+    torch.testing.assert_close(result, case.input_grad(pruned).float())
+
+
 @pytest.mark.parametrize(
     ("layer", "changes", "why"),
     [
+        ("linear", {"batch": 0}, "no multiple of 16"),
         ("1x1", {"kernel": (3, 3), "padding": 1}, "multiplies matrices alone"),
         ("1x1", {"padding": 1}, "multiplies matrices alone"),
         ("linear", {"batch": 40}, "no multiple of 16"),
@@ -77,15 +99,23 @@ def test_torch_without_the_library(monkeypatch):
     ("kernel", "times", "expected"),
     [
         ("a kernel", None, "own"),
+        ("a kernel", {measured.SPARSE: 2.0}, "own"),
         ("a kernel", {measured.SPARSE: 1.0, measured.CUSPARSELT: 2.0}, "own"),
         ("a kernel", {measured.SPARSE: 2.0, measured.CUSPARSELT: 1.0}, "cusparselt"),
         (None, None, "cusparselt"),
     ],
 )
-def test_the_faster_one_multiplies(kernel, times, expected, library, monkeypatch):
+def test_the_faster_one_multiplies(kernel, times, expected, library, monkeypatch, tmp_path):
+    """Also where the gradient's strides are others than those of the measurement."""
     called = []
+    monkeypatch.setattr(store, "folder", lambda: tmp_path)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     monkeypatch.setattr(cuda, "_find", lambda product, device: kernel)
-    monkeypatch.setattr(measured, "load", lambda problem: times)
+    measured._load.cache_clear()
+    if times:
+        _, problem = problem_of("1x1")
+        last = channels_last(problem.grad_output)
+        measured.save(problem._replace(grad_output=last), times)
     monkeypatch.setattr(cuda, "pack", lambda problem: "packed")
     monkeypatch.setattr(cuda, "multiply", lambda *arguments: called.append("own"))
     monkeypatch.setattr(
