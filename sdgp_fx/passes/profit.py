@@ -109,7 +109,7 @@ def is_sparse_faster(layer: Layer, config: SDGPConfig) -> bool:
     lanes = LANES.get(torch.backends.cpu.get_cpu_capability(), 4)
     vectors = -(-in_channels // lanes)
     macs = layer.macs * config.n / config.m * (vectors * lanes / in_channels)
-    rows = -(-vectors // min(vectors, ROW_VECTORS)) * -(-out_channels // SLAB_CHANNELS)
+    rows = -(-vectors // ROW_VECTORS) * -(-out_channels // SLAB_CHANNELS)
     pairs = values // out_channels * math.prod(weight.shape[2:]) * rows
     least = macs * cost.mac + values * (cost.value + cost.choice * config.n) + pairs * cost.pair
     if isinstance(values, int):

@@ -181,7 +181,9 @@ def test_its_backend_records_for_a_model_that_a_trainer_holds(model, monkeypatch
     assert monitor.to_dict()["last"]["step"] == [0, 2]
 
 
-@pytest.mark.parametrize("options", [EAGER, {"sdgp.inner": "inductor", "cpp_wrapper": True}])
+@pytest.mark.parametrize(
+    "options", [EAGER, {"sdgp.inner": "inductor"}, {"sdgp.inner": "inductor", "cpp_wrapper": True}]
+)
 def test_a_backward_counts_for_its_forwards_step(options):
     """Other forwards may come in between: of a discriminator, of micro-batches, of a pipeline."""
     name = 'a "quoted", name'

@@ -14,7 +14,7 @@ from torch import Tensor
 from . import cusparselt, driver, measured
 from .binaries import Binary, find, why_no_compiler
 from .packed import Packed, can_pack
-from .problem import Problem, empty_result, is_matrix
+from .problem import Problem, aligned, empty_result, is_matrix
 from .tensor_cores import ARCHITECTURES, IN_CHANNELS, OUT_CHANNELS, Product, tiles
 
 
@@ -139,9 +139,7 @@ def multiply(problem: Problem, packed: Packed, result: Tensor) -> None:
 
 def launch(binary: Binary, product: Product, packed: Packed, weight: Tensor, out: Tensor) -> None:
     """Launch the kernel of a product on out, which is in channels-last memory."""
-    weight = _channels_last(weight)
-    if weight.data_ptr() % 16:
-        weight = weight.clone()
+    weight = aligned(_channels_last(weight))
     tensors = {**packed._asdict(), "weight": weight, "out": out}
     rows = out.numel() // product.in_channels
     tile = binary.kernel.tile

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..op import PRUNE_NM
-from .problem import Problem, empty_result, is_matrix
+from .problem import Problem, aligned, empty_result, is_matrix
 
 # The gradient's rows come in multiples of this. Its columns, and the weight's, would have to be
 # multiples of 16 and 8, which what sparse tensor cores cover is anyway.
@@ -39,9 +39,7 @@ def pruned_input_grad(problem: Problem) -> Tensor:
     """Compute the input gradient of a covered problem; return a tensor as from `empty_result`."""
     grad_output, weight, seed, n, m, prune, rescale, *_ = problem
     pruned = PRUNE_NM(grad_output, seed, n, m, prune, rescale, 1).movedim(1, -1)
-    weight = weight.flatten(1).contiguous()
-    if weight.data_ptr() % 16:
-        weight = weight.clone()
+    weight = aligned(weight.flatten(1).contiguous())
     # It goes by sizes and addresses alone: of what is not contiguous it would read other values.
     compressed = torch._cslt_compress(pruned.reshape(-1, pruned.shape[-1]).contiguous())
     rows = torch._cslt_sparse_mm(compressed, weight)

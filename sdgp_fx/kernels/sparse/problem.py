@@ -58,6 +58,11 @@ def is_matrix(problem: Problem) -> bool:
     return all(size == 1 for size in problem.weight.shape[2:]) and not any(problem.padding)
 
 
+def aligned(tensor: Tensor) -> Tensor:
+    """Return a tensor whose memory begins at a multiple of 16 bytes; a copy if it has to be."""
+    return tensor.clone() if tensor.data_ptr() % 16 else tensor
+
+
 def empty_result(problem: Problem) -> Tensor:
     """Return a tensor for the result: channels-last if the channels of grad_output are adjacent."""
     grad_output = problem.grad_output
