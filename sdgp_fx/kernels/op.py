@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..config import PRUNING_FUNCTIONS, RESCALE_SCOPES, check_choice, check_pattern
-from . import reference
+from . import cpp_prune, reference
 
 # The pruning functions that draw random numbers, and need a seed.
 STOCHASTIC = ("random", "mvue")
@@ -21,15 +21,18 @@ def supports_dtype(dtype: torch.dtype, device: torch.device) -> bool:
     return dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 
-# Of type int, which a symbolic number becomes one for, where Python's int would be a SymInt.
-@torch.library.custom_op(
-    "sdgp::prune_nm",
-    mutates_args=(),
-    schema=(
-        "(Tensor grad_output, Tensor? seed, int n, int m, str prune, str rescale, int groups) "
-        "-> Tensor"
-    ),
+_LIBRARY = torch.library.Library("sdgp", "FRAGMENT")
+# Not a `custom_op`, whose layers of Python would take longer than pruning a small gradient. Of type
+# int, which a symbolic number becomes one for, where Python's int would be a SymInt.
+_LIBRARY.define(
+    "prune_nm(Tensor grad_output, Tensor? seed, int n, int m, str prune, str rescale, int groups) "
+    "-> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
 )
+
+PRUNE_NM = torch.ops.sdgp.prune_nm.default
+
+
 def prune_nm(
     grad_output: Tensor,
     seed: Tensor | None,
@@ -54,23 +57,24 @@ def prune_nm(
 
     Raises:
         ValueError: An argument is not as described here and in `SDGPConfig`.
+        RuntimeError: A derivative of the operator would be needed, which it hasn't.
     """
     check_arguments(grad_output, seed, n, m, prune, rescale, groups)
+    if grad_output.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError("sdgp::prune_nm has no derivative")
+    if grad_output.is_cuda:
+        from . import triton_prune
+
+        return triton_prune.prune_nm(grad_output, seed, n, m, prune, rescale)
+    if grad_output.is_cpu and not cpp_prune.why_not(grad_output.dtype, grad_output.dim()):
+        return cpp_prune.prune_nm(grad_output, seed, n, m, prune, rescale)
     return reference.prune_nm(grad_output, seed, n, m, prune, rescale)
 
 
-PRUNE_NM = torch.ops.sdgp.prune_nm.default
+_LIBRARY.impl("prune_nm", prune_nm, "CompositeExplicitAutograd")
 
 
-@prune_nm.register_kernel("cuda")
-def _(grad_output: Tensor, *settings: Any) -> Tensor:
-    from . import triton_prune
-
-    check_arguments(grad_output, *settings)
-    return triton_prune.prune_nm(grad_output, *settings[:-1])  # all but groups
-
-
-@prune_nm.register_fake
+@torch.library.register_fake("sdgp::prune_nm", lib=_LIBRARY)
 def _(grad_output: Tensor, *settings: Any) -> Tensor:
     check_arguments(grad_output, *settings)
     return torch.empty_like(grad_output)
@@ -139,6 +143,7 @@ def prune(
 
     Raises:
         ValueError: An argument is not as described here and in `SDGPConfig`.
+        RuntimeError: A derivative would be needed, which pruning hasn't.
 
     >>> prune(torch.tensor([[[1.0], [-4.0], [2.0], [3.0]]])).flatten()
     tensor([ 0.0000, -5.7143,  0.0000,  4.2857])

@@ -10,7 +10,7 @@ from torch import nn
 import sdgp_fx
 from sdgp_fx import SDGPConfig, backend, graph_pass
 from sdgp_fx.inspection.monitor import STATISTICS
-from sdgp_fx.kernels import reference
+from sdgp_fx.kernels import cpp_prune, reference
 from sdgp_fx.kernels.record import RECORD, STEP
 from sdgp_fx.passes.statistics import record_statistics
 
@@ -64,14 +64,19 @@ def train(network, model, steps, x=images):
 def pruned(monkeypatch):
     """Record every (dense, pruned) pair that the operator's kernel saw."""
     seen = []
-    prune_nm = reference.prune_nm
 
-    def spy(grad_output, seed, n, m, prune, rescale):
-        result = prune_nm(grad_output, seed, n, m, prune, rescale)
-        seen.append((grad_output, result))
-        return result
+    def spy_on(kernel):
+        prune_nm = kernel.prune_nm
 
-    monkeypatch.setattr(reference, "prune_nm", spy)
+        def spy(grad_output, *settings):
+            result = prune_nm(grad_output, *settings)
+            seen.append((grad_output, result))
+            return result
+
+        monkeypatch.setattr(kernel, "prune_nm", spy)
+
+    spy_on(cpp_prune)
+    spy_on(reference)
     return seen
 
 

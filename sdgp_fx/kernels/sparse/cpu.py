@@ -8,43 +8,30 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
 import torch
 from torch import Tensor
 
-from ...config import RESCALE_SCOPES
+from .. import cpp_prune
+from ..cpp_prune import DTYPES as DTYPES
 from .problem import Problem, empty_result
-
-log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("pruned_input_grad.cpp")
 
-DTYPES = (torch.float32, torch.bfloat16)
 
-# The values of the enum Function in C++.
-FUNCTIONS = ("random", "magnitude", "rescaled_magnitude", "mvue")
-
-_Space = ctypes.c_int64 * 3
-
-
-class _Problem(ctypes.Structure):
-    """The struct of the same name in C++, field by field."""
+class _Problem(cpp_prune.Gradient):
+    """The struct Problem in C++, field by field."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("grad_output", "weight", "result")),
-        *((name, ctypes.c_int64) for name in ("is_bfloat16", "threads", "seed", "n", "m")),
-        *((name, ctypes.c_int64) for name in ("function", "scope", "samples", "groups")),
-        *((name, ctypes.c_int64) for name in ("out_channels", "in_channels")),
-        *((name, _Space) for name in ("output_size", "input_size", "kernel", "stride")),
-        *((name, _Space) for name in ("padding", "dilation")),
+        ("weight", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("groups", "out_channels", "in_channels")),
+        *((name, cpp_prune.Space) for name in ("input_size", "kernel", "stride")),
+        *((name, cpp_prune.Space) for name in ("padding", "dilation")),
         ("transposed", ctypes.c_int64),
-        ("grad_strides", ctypes.c_int64 * 5),
         ("weight_strides", ctypes.c_int64 * 6),
-        ("result_strides", ctypes.c_int64 * 5),
     )
 
 
@@ -88,56 +75,38 @@ def prepare(problem: Problem) -> Callable[[Problem], Tensor]:
 
 def _describe(problem: Problem, result: Tensor) -> _Problem:
     """Describe a problem, without the values that differ from one call to the next."""
-    if problem.prune not in FUNCTIONS:
-        raise ValueError(f"prune: the sparse product has no pruning function {problem.prune!r}")
-    grad_output, weight = problem.grad_output, problem.weight
-    groups, absent = problem.groups, 5 - grad_output.dim()
-
-    def space(values: Sequence[int], fill: int) -> ctypes.Array[ctypes.c_int64]:
-        return _Space(*[fill] * absent, *values)
-
-    def strides(values: Sequence[int], *counted: int) -> tuple[int, ...]:
-        return (*counted, *values[:2], *[0] * absent, *values[2:])
-
+    grad_output, weight, groups = problem.grad_output, problem.weight, problem.groups
     # Of the weight, in the order (group, output channel, input channel, *kernel).
     to_next, first, second = weight.shape[0] // groups * weight.stride(0), *weight.stride()[:2]
     of_channels = (second, first) if problem.transposed else (first, second)
-    weight_strides = strides((*of_channels, *weight.stride()[2:]), to_next)
-    return _Problem(
-        is_bfloat16=grad_output.dtype == torch.bfloat16,
-        n=problem.n,
-        m=problem.m,
-        function=FUNCTIONS.index(problem.prune),
-        scope=RESCALE_SCOPES.index(problem.rescale),
-        samples=grad_output.shape[0],
+    absent = [0] * (5 - grad_output.dim())
+    fields = _Problem(
         groups=groups,
         out_channels=grad_output.shape[1] // groups,
         in_channels=result.shape[1] // groups,
-        output_size=space(grad_output.shape[2:], 1),
-        input_size=space(result.shape[2:], 1),
-        kernel=space(weight.shape[2:], 1),
-        stride=space(problem.stride, 1),
-        padding=space(problem.padding, 0),
-        dilation=space(problem.dilation, 1),
+        input_size=cpp_prune.space(result.shape[2:], 1),
+        kernel=cpp_prune.space(weight.shape[2:], 1),
+        stride=cpp_prune.space(problem.stride, 1),
+        padding=cpp_prune.space(problem.padding, 0),
+        dilation=cpp_prune.space(problem.dilation, 1),
         transposed=problem.transposed,
-        grad_strides=strides(grad_output.stride()),
-        weight_strides=weight_strides,
-        result_strides=strides(result.stride()),
+        weight_strides=(to_next, *of_channels, *absent, *weight.stride()[2:]),
     )
+    cpp_prune.describe(
+        fields,
+        grad_output.shape,
+        grad_output.stride(),
+        result.stride(),
+        grad_output.dtype,
+        *(problem.n, problem.m, problem.prune, problem.rescale),
+    )
+    return fields
 
 
 @functools.cache
 def _compiled() -> tuple[ctypes.CDLL | None, str]:
     """Return the library, or why there is none."""
-    from torch._inductor.codecache import CppCodeCache
-    from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
-
-    try:
-        library = CppCodeCache.load(SOURCE.read_text(), "cpu")
-    except InvalidCxxCompiler:
-        return None, "no C++ compiler"
-    except (CppCompileError, OSError) as error:
-        log.warning("The sparse product of the CPU does not compile: %s", error)
-        return None, "the C++ compiler fails"
-    library.sdgp_workspace_bytes.restype = ctypes.c_int64
-    return library, ""
+    library, why = cpp_prune.load(SOURCE)
+    if library is not None:
+        library.sdgp_workspace_bytes.restype = ctypes.c_int64
+    return library, why

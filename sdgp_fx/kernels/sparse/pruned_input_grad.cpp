@@ -17,32 +17,9 @@
 // What the pruning keeps is multiplied, zeros among it; what it drops, and padding, is skipped.
 // Positions beyond the last, in the last tile, repeat the first of it, and are not read.
 
-#include <omp.h>
-#if defined(__AVX2__)
-#include <immintrin.h>
-#elif defined(__ARM_NEON)
-#include <arm_neon.h>
-#endif
-
-#include <algorithm>
-#include <cstdint>
-#include <cstring>
-#include <type_traits>
-#include <vector>
+// The second part of a file: the first is pruning.h, in the folder above.
 
 namespace {
-
-// Vectors of the compiler, as wide as the machine has them.
-
-#if defined(__AVX512F__)
-constexpr int LANES = 16, REGISTERS = 32;
-#elif defined(__AVX2__)
-constexpr int LANES = 8, REGISTERS = 16;
-#elif defined(__ARM_NEON)
-constexpr int LANES = 4, REGISTERS = 32;
-#else
-constexpr int LANES = 4, REGISTERS = 16;
-#endif
 
 // SDGP_EMULATE_PAIRS is for tests: what a machine with AVX512-BF16 does, on any.
 #if defined(__AVX512BF16__) || defined(SDGP_EMULATE_PAIRS)
@@ -50,44 +27,6 @@ constexpr bool HAS_PAIRS = true;
 #else
 constexpr bool HAS_PAIRS = false;
 #endif
-
-typedef float Floats __attribute__((vector_size(LANES * 4)));
-typedef int32_t Ints __attribute__((vector_size(LANES * 4)));
-typedef uint32_t Words __attribute__((vector_size(LANES * 4)));
-typedef uint64_t Longs __attribute__((vector_size(LANES * 8)));
-typedef double Doubles __attribute__((vector_size(LANES * 8)));
-typedef uint16_t Halves __attribute__((vector_size(LANES * 2)));
-
-// A distinct type, since uint16_t would be a number.
-struct BFloat16 {
-  uint16_t bits;
-};
-
-inline Floats load(const float* from) {
-  Floats x;
-  std::memcpy(&x, from, sizeof x);
-  return x;
-}
-
-inline Floats load(const BFloat16* from) {
-  Halves x;
-  std::memcpy(&x, from, sizeof x);
-  return (Floats)(__builtin_convertvector(x, Words) << 16);
-}
-
-inline float number(float x) { return x; }
-
-inline float number(BFloat16 x) {
-  uint32_t bits = uint32_t(x.bits) << 16;
-  float result;
-  std::memcpy(&result, &bits, sizeof result);
-  return result;
-}
-
-template <typename V>
-inline void store(float* to, V x) {
-  std::memcpy(to, &x, sizeof x);
-}
 
 // Compilers may or may not make one instruction of it, and results must not depend on that.
 inline Floats multiply_add(Floats a, Floats b, Floats c) {
@@ -115,109 +54,16 @@ inline Floats multiply_add_pairs(Words a, Words b, Floats c) {
 #endif
 }
 
-inline Floats absolute(Floats x) { return (Floats)((Ints)x & 0x7FFFFFFF); }
+// The problem: the struct of cpu.py, field by field. The result is the input gradient; out_channels and
+// in_channels are those of one group of the convolution.
 
-inline Ints is_finite(Floats x) { return ((Ints)x & 0x7FFFFFFF) < 0x7F800000; }
-
-// The nearest number with 8 bits, ties to even, as float.
-inline Floats round_to_bfloat16(Floats x) {
-  Words bits = (Words)x;
-  Words rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000;
-  Ints is_nan = ((Ints)x & 0x7FFFFFFF) > 0x7F800000;
-  return (Floats)(is_nan ? (Ints)((bits | 0x400000) & 0xFFFF0000) : (Ints)rounded);
-}
-
-#if defined(__clang__)
-#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Ints{__VA_ARGS__})
-#endif
-
-// Transpose LANES vectors.
-#if defined(__AVX2__) && !defined(__AVX512F__)
-
-// Within the halves of vectors as long as that will do: what crosses them takes longer.
-inline void transpose(Floats* x) {
-  Floats y[LANES];
-#pragma GCC unroll 4
-  for (int i = 0; i < LANES; i += 2) {
-    y[i] = SHUFFLE(x[i], x[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
-    y[i + 1] = SHUFFLE(x[i], x[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < LANES / 2; i++) {
-    int from = i / 2;
-    Floats low, high;
-    if (i % 2 == 0) {
-      low = SHUFFLE(y[from], y[from + 2], 0, 1, 8, 9, 4, 5, 12, 13);
-      high = SHUFFLE(y[from + 4], y[from + 6], 0, 1, 8, 9, 4, 5, 12, 13);
-    } else {
-      low = SHUFFLE(y[from], y[from + 2], 2, 3, 10, 11, 6, 7, 14, 15);
-      high = SHUFFLE(y[from + 4], y[from + 6], 2, 3, 10, 11, 6, 7, 14, 15);
-    }
-    x[i] = SHUFFLE(low, high, 0, 1, 2, 3, 8, 9, 10, 11);
-    x[i + LANES / 2] = SHUFFLE(low, high, 4, 5, 6, 7, 12, 13, 14, 15);
-  }
-}
-
-#else
-
-inline Floats interleave_low(Floats a, Floats b) {
-#if defined(__AVX512F__)
-  return SHUFFLE(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-#else
-  return SHUFFLE(a, b, 0, 4, 1, 5);
-#endif
-}
-
-inline Floats interleave_high(Floats a, Floats b) {
-#if defined(__AVX512F__)
-  return SHUFFLE(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-#else
-  return SHUFFLE(a, b, 2, 6, 3, 7);
-#endif
-}
-
-// Every step rotates the bits of (vector, lane) by one.
-inline void transpose(Floats* x) {
-#pragma GCC unroll 4
-  for (int step = 1; step < LANES; step *= 2) {
-    Floats y[LANES];
-#pragma GCC unroll 8
-    for (int i = 0; i < LANES / 2; i++) {
-      y[2 * i] = interleave_low(x[i], x[i + LANES / 2]);
-      y[2 * i + 1] = interleave_high(x[i], x[i + LANES / 2]);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < LANES; i++) x[i] = y[i];
-  }
-}
-
-#endif
-
-// The problem. The struct of cpu.py, field by field. Sizes of space have three dimensions, of which
-// leading ones are 1; channels are those of one group of the convolution.
-
-enum Function { RANDOM, MAGNITUDE, RESCALED_MAGNITUDE, MVUE };
-enum Scope { GROUP, FEATURE_MAP, CHANNEL };
-
-struct Problem {
-  const void* grad_output;
+struct Problem : Gradient {
   const void* weight;
-  void* result;
-  int64_t is_bfloat16, threads;
-  int64_t seed, n, m, function, scope;
-  int64_t samples, groups, out_channels, in_channels;
-  int64_t output_size[3], input_size[3];
+  int64_t groups, out_channels, in_channels, input_size[3];
   int64_t kernel[3], stride[3], padding[3], dilation[3], transposed;
-  int64_t grad_strides[5];    // sample, channel, space
   int64_t weight_strides[6];  // group, output channel, input channel, kernel
-  int64_t result_strides[5];  // sample, channel, space
-
-  float largest() const { return is_bfloat16 ? 0x1.FEp127f : 0x1.FFFFFEp127f; }
 };
 
-constexpr int MAX_M = 32;
 constexpr int BLOCK = 128;                // Positions of the result.
 constexpr int64_t CHUNK_BYTES = 1 << 19;  // Of packed gradient, for each thread.
 constexpr int64_t SLAB_BYTES = 1 << 14;
@@ -225,43 +71,21 @@ constexpr int64_t SLAB_BYTES = 1 << 14;
 // Two channels of four, a and b above it, are pair number b * (b - 1) / 2 + a.
 constexpr int PAIRS[6][2] = {{0, 1}, {0, 2}, {1, 2}, {0, 3}, {1, 3}, {2, 3}};
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// A position of some samples with so much space.
-struct Position {
-  int64_t sample, at[3];
-
-  Position(int64_t index, const int64_t* size) {
-    for (int d = 2; d >= 0; d--) at[d] = index % size[d], index /= size[d];
-    sample = index;
-  }
-
-  void advance(const int64_t* size) {
-    for (int d = 2; d >= 0; d--) {
-      if (++at[d] < size[d]) return;
-      at[d] = 0;
-    }
-    sample++;
-  }
-};
-
 // Numbers that follow from a problem's shapes, and where things are in the workspace.
 struct Plan {
   bool in_pairs;                       // Whether two values that are kept share a slot.
   int64_t group_slots, group_rows;     // Of m channels: slots of a tile, and rows of a slab.
-  int64_t space, channels, slots;      // Positions of a sample; channels and slots of a position.
+  int64_t slots;                       // Of a position.
   int64_t vectors, width, in_blocks;   // Of a row of a slab; floats of it; rows for each channel.
   int64_t out_block, taps, rows;       // Output channels of a slab; rows for each tap.
   int64_t tile_floats, chunk_samples;  // A chunk of samples is packed at once.
   int64_t packed, sums, factors, accumulators, slabs, bytes;  // Offsets in bytes; all of it.
 
   Plan(const Problem& p) {
-    space = p.output_size[0] * p.output_size[1] * p.output_size[2];
-    channels = p.groups * p.out_channels;
     in_pairs = HAS_PAIRS && p.is_bfloat16 && p.n == 2 && p.m == 4;
     group_slots = in_pairs ? 1 : p.n;
     group_rows = in_pairs ? 6 : p.m;
-    slots = channels / p.m * group_slots;
+    slots = p.channels / p.m * group_slots;
     rows = p.out_channels / p.m * group_rows;
     taps = p.kernel[0] * p.kernel[1] * p.kernel[2];
 
@@ -280,11 +104,11 @@ struct Plan {
     in_blocks = ceil_div(needed, vectors);
 
     tile_floats = slots * 2 * LANES;
-    int64_t sample_bytes = std::max<int64_t>(1, slots * 8 * space);
+    int64_t sample_bytes = std::max<int64_t>(1, slots * 8 * p.space());
     chunk_samples = std::clamp<int64_t>(CHUNK_BYTES * p.threads / sample_bytes, 1, p.samples);
-    int64_t tiles = ceil_div(chunk_samples * space, LANES);
+    int64_t tiles = ceil_div(chunk_samples * p.space(), LANES);
 
-    bool wide = p.function == RESCALED_MAGNITUDE && p.scope != GROUP;
+    bool wide = p.is_by_wider_scope();
     bytes = 0;
     auto take = [this](int64_t size) {
       int64_t begin = bytes;
@@ -294,197 +118,29 @@ struct Plan {
     packed = take(tiles * tile_floats * 4);
     slabs = take(p.groups * in_blocks * taps * rows * width * 4);
     accumulators = take(p.threads * BLOCK * width * 4);
-    sums = take(wide ? p.samples * channels * 16 : 0);
-    factors = take(wide ? p.samples * channels * 4 : 0);
+    sums = take(wide ? p.samples * p.channels * 16 : 0);
+    factors = take(wide ? p.samples * p.channels * 4 : 0);
   }
 };
 
-// Reading the gradient.
-
-// LANES positions of the gradient, one after the other in the order of samples and space.
-struct Tile {
-  const Problem& p;
-  int64_t offset[LANES];  // In memory.
-  int64_t sample[LANES];
-  int64_t first;  // Of all positions of the batch.
-  bool adjacent;
-
-  Tile(const Problem& p, int64_t first, int64_t end) : p(p), first(first) {
-    adjacent = true;
-    Position position(first, p.output_size);
-    for (int lane = 0; lane < LANES; lane++) {
-      bool exists = first + lane < end;
-      sample[lane] = exists ? position.sample : sample[0];
-      offset[lane] = position.sample * p.grad_strides[0];
-      for (int d = 0; d < 3; d++) offset[lane] += position.at[d] * p.grad_strides[2 + d];
-      offset[lane] = exists ? offset[lane] : offset[0];
-      adjacent &= offset[lane] == offset[0] + lane;
-      position.advance(p.output_size);
-    }
-  }
-
-  // Read channels, for each a vector of positions.
-  void read(int64_t channel, int64_t count, Floats* x) const {
-    if (p.is_bfloat16) read_from(static_cast<const BFloat16*>(p.grad_output), channel, count, x);
-    else read_from(static_cast<const float*>(p.grad_output), channel, count, x);
-  }
-
- private:
-  template <typename T>
-  void read_from(const T* grad, int64_t channel, int64_t count, Floats* x) const {
-    int64_t stride = p.grad_strides[1], c = 0;
-    int64_t next = (offset[1] - offset[0]) * LANES;  // Most often, the tile after this one.
-    grad += channel * stride;
-    if (adjacent) {
-      for (; c < count; c++) {
-        __builtin_prefetch(grad + offset[0] + c * stride + next);
-        x[c] = load(grad + offset[0] + c * stride);
-      }
-    } else if (stride == 1) {
-      for (; c + LANES <= count; c += LANES) {
-#pragma GCC unroll 16
-        for (int lane = 0; lane < LANES; lane++) {
-          __builtin_prefetch(grad + offset[lane] + c + next);
-          x[c + lane] = load(grad + offset[lane] + c);
-        }
-        transpose(x + c);
-      }
-    }
-    for (; c < count; c++) {
-      for (int lane = 0; lane < LANES; lane++) x[c][lane] = number(grad[offset[lane] + c * stride]);
-    }
-  }
-};
-
-// Pruning: what reference.py does, to the last bit.
-
-// What is larger is kept first: |x|, then infinity, and then NaN, all of them alike.
-inline Ints magnitude_key(Floats x) {
-  Ints bits = (Ints)x & 0x7FFFFFFF;
-  return bits < 0x7F800001 ? bits : Ints{} + 0x7F800001;
-}
-
-// Four words of 32 random bits for each index, by Philox 4x32-10.
-inline void philox(int64_t seed, const Longs& index, uint32_t block, Words* word) {
-  auto narrow = [](Longs x) { return __builtin_convertvector(x, Words); };
-  uint32_t key[2] = {uint32_t(seed), uint32_t(uint64_t(seed) >> 32)};
-  word[0] = narrow(index), word[1] = narrow(index >> 32);
-  word[2] = Words{} + block, word[3] = Words{};
-  for (int round = 0; round < 10; round++) {
-    Longs a = __builtin_convertvector(word[0], Longs) * 0xD2511F53u;
-    Longs b = __builtin_convertvector(word[2], Longs) * 0xCD9E8D57u;
-    Words next[4] = {narrow(b >> 32) ^ word[1] ^ key[0], narrow(b),
-                     narrow(a >> 32) ^ word[3] ^ key[1], narrow(a)};
-    std::copy(next, next + 4, word);
-    key[0] += 0x9E3779B9u, key[1] += 0xBB67AE85u;
-  }
-}
-
-// Make values unbiased, and keys that keep what has a value; see mvue of reference.py.
-template <int M>
-inline void mvue(int n, float largest, Words random, Floats* value, Ints* key) {
-  Floats size[M], rest{}, all = Floats{} + float(n), room = all;
-  Ints certain[M] = {};
-  for (int i = 0; i < M; i++) size[i] = absolute(value[i]);
-  rest = size[0];
-  for (int i = 1; i < M; i++) rest += size[i];
-  Ints finite = is_finite(rest);
-  for (int round = 0; round < n; round++) {
-    for (int i = 0; i < M; i++) certain[i] |= (size[i] > 0) & (room * size[i] >= rest);
-    Floats left = all, sum{};
-    for (int i = 0; i < M; i++) {
-      left -= certain[i] ? Floats{} + 1 : Floats{};
-      sum += certain[i] ? Floats{} : size[i];
-    }
-    room = left, rest = sum;
-  }
-  Floats density = room / (rest == 0 ? Floats{} + 1 : rest), prefix{};
-  Floats step = rest / room, most = Floats{} + largest;
-  step = step > most ? most : step;
-  Ints uniform = (Ints)(random >> 8), before = -uniform >> 24;
-  for (int i = 0; i < M; i++) {
-    prefix += certain[i] ? Floats{} : size[i];
-    Floats share = prefix * density;
-    share = share < room ? share : room;
-    share = prefix == rest ? room : share;
-    share = finite & (rest != 0) ? share : Floats{};
-    Ints passed = (__builtin_convertvector(share * 16777216.0f, Ints) - uniform) >> 24;
-    Ints sampled = passed > before;
-    before = passed;
-    Ints sign = (Ints)value[i] & INT32_MIN;
-    Floats unbiased = certain[i] ? value[i] : (Floats)(((Ints)step | sign) & sampled);
-    key[i] = finite ? -(certain[i] | sampled) : magnitude_key(value[i]);
-    value[i] = finite ? unbiased : value[i];
-  }
-}
-
-// Draw keys, and for MVUE new values, for a group of LANES positions, whose numbers are first,
-// first + step, ... Apart, since it needs the registers that the other functions do without.
-template <int M>
-__attribute__((noinline)) void draw(const Problem& p, int64_t first, int64_t step, Floats* x,
-                                    Ints* key) {
-  Longs index;
-  for (int lane = 0; lane < LANES; lane++) index[lane] = first + lane * step;
-  Words word[4];
-  if (p.function == MVUE) {
-    philox(p.seed, index, 0, word);
-    mvue<M>(p.n, p.largest(), word[0], x, key);
-    return;
-  }
-  for (int i = 0; i < M; i++) {
-    if (i % 4 == 0) philox(p.seed, index, i / 4, word);
-    key[i] = (Ints)(word[i % 4] >> 6);
-  }
-}
-
-// A problem's pruning function, for groups of M channels of which N are kept; any number if 0.
+// A pruning function that packs what it keeps in slots.
 template <int M, int N>
-struct Pruning {
-  const Problem& p;
-  int64_t groups;        // Of a position.
-  const float* factors;  // Of the wider scopes, (samples, channels).
-
-  int n() const { return N ? N : p.n; }
-
-  // Find the n largest keys, of equal ones the first, each with its value and place. They are
-  // marked by making them -1; the last one only if all marks are wanted.
-  template <typename Keep>
-  void choose(const Floats* value, Ints* key, Ints place, int width, bool mark, Keep keep) const {
-    for (int k = 0; k < n(); k++) {
-      Ints largest = key[0], found = place, at = place;
-      Floats kept = value[0];
-      for (int i = 1; i < M; i++) {
-        Ints larger = key[i] > largest;
-        at += width;
-        largest = larger ? key[i] : largest;
-        kept = larger ? value[i] : kept;
-        found = larger ? at : found;
-      }
-      keep(k, kept, found);
-      if (k + 1 == n() && !mark) return;
-      at = place;
-      for (int i = 0; i < M; i++, at += width) key[i] |= found == at;  // -1, below every key.
-    }
-  }
-
-  bool is_by_group() const { return p.function == RESCALED_MAGNITUDE && p.scope == GROUP; }
+struct Packing : Pruning<M, N> {
+  using Base = Pruning<M, N>;
+  using Base::n, Base::p;
 
   // Fill the n slots of a group. If it is rescaled, add up |x| and the kept |x|.
   void pack(Floats* x, const Tile& tile, int64_t channel, int place, int width, float* slots,
             Floats& total, Floats& kept) const {
     Ints key[M];
-    if (p.function == RANDOM || p.function == MVUE) {
-      draw<M>(p, tile.first * groups + channel / M, groups, x, key);
-    } else {
-      for (int i = 0; i < M; i++) key[i] = magnitude_key(x[i]);
-    }
+    this->make_keys(tile, channel, x, key);
     // The sum of two does not depend on their order.
-    bool mark = is_by_group() && n() > 2;
-    choose(x, key, Ints{} + place, width, mark, [&](int k, Floats value, Ints found) {
+    bool mark = p.is_by_group() && n() > 2;
+    this->choose(x, key, Ints{} + place, width, mark, [&](int k, Floats value, Ints found) {
       store(slots + k * 2 * LANES, value);
       store(slots + k * 2 * LANES + LANES, found);
     });
-    if (!is_by_group()) return;
+    if (!p.is_by_group()) return;
     total = absolute(x[0]), kept = Floats{};
     for (int i = 1; i < M; i++) total += absolute(x[i]);
     if (mark) {
@@ -501,46 +157,27 @@ struct Pruning {
   // Rescale and round what fills the slots of a group.
   void finish(const Tile& tile, int64_t channel, int place, int width, float* slots, Floats total,
               Floats kept) const {
-    if (is_by_group()) {
-      Floats factor = total / kept;
-      factor = is_finite(factor) ? factor : Floats{} + 1;
-      for (int k = 0; k < n(); k++) scale(slots + k * 2 * LANES, factor);
-    } else if (p.function == RESCALED_MAGNITUDE) {
+    if (p.is_by_group()) {
+      Factor factor = this->factor(total, kept);
+      for (int k = 0; k < n(); k++) {
+        store(slots + k * 2 * LANES, factor(load(slots + k * 2 * LANES)));
+      }
+    } else if (p.is_by_wider_scope()) {
       for (int k = 0; k < n(); k++) {
         Floats factor;
         for (int lane = 0; lane < LANES; lane++) {
           int32_t found;
           std::memcpy(&found, slots + (k * 2 + 1) * LANES + lane, sizeof found);
           int64_t c = channel + (found - place) / width;
-          factor[lane] = factors[tile.sample[lane] * groups * M + c];
+          factor[lane] = this->factors[tile.sample[lane] * p.channels + c];
         }
-        scale(slots + k * 2 * LANES, factor);
+        store(slots + k * 2 * LANES, this->scaled(load(slots + k * 2 * LANES), factor));
       }
     }
     if (p.is_bfloat16) {
       for (int k = 0; k < n(); k++) {
         store(slots + k * 2 * LANES, round_to_bfloat16(load(slots + k * 2 * LANES)));
       }
-    }
-  }
-
-  // What is finite stays finite: the largest number of the gradient's dtype is the most.
-  void scale(float* values, Floats factor) const {
-    Floats value = load(values), scaled = value * factor, most = Floats{} + p.largest();
-    Floats clamped = scaled > most ? most : scaled;
-    clamped = clamped < -most ? -most : clamped;
-    store(values, is_finite(value) ? clamped : scaled);
-  }
-
-  // Add up |x| and the kept |x| of a group, in lanes.
-  void add(const Floats* x, Doubles* total, Doubles* kept) const {
-    Ints key[M];
-    for (int i = 0; i < M; i++) key[i] = magnitude_key(x[i]);
-    choose(x, key, Ints{}, 1, true, [](int, Floats, Ints) {});
-    for (int i = 0; i < M; i++) {
-      Ints size = (Ints)absolute(x[i]);
-      total[i] += __builtin_convertvector((Floats)size, Doubles);
-      kept[i] += __builtin_convertvector((Floats)(size & key[i] >> 31), Doubles);
     }
   }
 };
@@ -557,14 +194,12 @@ inline void join(const float* two, int place, int width, float* one) {
   store(one + LANES, ((upper * (upper - 1) >> 1) + lower) * width + place);
 }
 
-constexpr int64_t STEP = 32;  // Channels that are read at once: a multiple of every m and LANES.
-
 // Prune and pack a tile.
 template <int M, int N>
 void pack_tile(const Problem& p, const Plan& plan, const float* factors, int64_t first,
                int64_t end, float* slots) {
-  Pruning<M, N> pruning{p, plan.channels / M, factors};
-  Tile tile(p, first, end);
+  Packing<M, N> pruning{p, p.channels / M, factors};
+  Tile tile(p, p.grad_strides, first, end);
   Floats x[STEP], total[STEP / M], kept[STEP / M];
   int place[STEP / M];
   int64_t of_group = 0, of_slab = 0;  // Channels before this one.
@@ -573,8 +208,8 @@ void pack_tile(const Problem& p, const Plan& plan, const float* factors, int64_t
   bool in_pairs = MAY_PAIR && plan.in_pairs;
   float single[MAY_PAIR ? STEP / M * N * 2 * LANES : 1];
   int width = in_pairs ? 1 : plan.width;  // Of places, one for each channel.
-  for (int64_t begin = 0; begin < plan.channels; begin += STEP) {
-    int64_t count = std::min(STEP, plan.channels - begin) / M;
+  for (int64_t begin = 0; begin < p.channels; begin += STEP) {
+    int64_t count = std::min(STEP, p.channels - begin) / M;
     tile.read(begin, count * M, x);
     float* to = in_pairs ? single : slots;
     // One step for all groups after the other, since a step has to wait for the one before.
@@ -594,53 +229,6 @@ void pack_tile(const Problem& p, const Plan& plan, const float* factors, int64_t
       join(single + i * slots_of_group, place[i], plan.width, slots + i * 2 * LANES);
     }
     slots += count * plan.group_slots * 2 * LANES;
-  }
-}
-
-// Sum |x| and the kept |x| of some channels over the space of a sample: sums (channels, 2).
-template <int M, int N>
-void sum_sample(const Problem& p, const Plan& plan, int64_t sample, int64_t channel, double* sums) {
-  Pruning<M, N> pruning{p, plan.channels / M, nullptr};
-  int64_t count = std::min(STEP, plan.channels - channel), end = (sample + 1) * plan.space;
-  Floats x[STEP];
-  Doubles total[STEP] = {}, kept[STEP] = {};
-  for (int64_t first = sample * plan.space; first < end; first += LANES) {
-    Tile(p, first, end).read(channel, count, x);
-    for (int64_t lane = end - first; lane < LANES; lane++) {
-      for (int64_t c = 0; c < count; c++) x[c][lane] = 0;
-    }
-    for (int64_t c = 0; c < count; c += M) pruning.add(x + c, total + c, kept + c);
-  }
-  for (int64_t c = 0; c < count; c++) {
-    sums[2 * c] = sums[2 * c + 1] = 0;
-    for (int lane = 0; lane < LANES; lane++) {
-      sums[2 * c] += total[c][lane];
-      sums[2 * c + 1] += kept[c][lane];
-    }
-  }
-}
-
-inline float quotient(double total, double kept) {
-  float factor = float(total) / float(kept);
-  uint32_t bits;
-  std::memcpy(&bits, &factor, sizeof bits);
-  return (bits & 0x7F800000) < 0x7F800000 ? factor : 1.0f;
-}
-
-// Turn the sums of each sample into factors (samples, channels).
-void find_factors(const Problem& p, const Plan& plan, const double* sums, float* factors) {
-#pragma omp for schedule(static)
-  for (int64_t c = 0; c < plan.channels; c++) {
-    double total = 0, kept = 0;
-    for (int64_t b = 0; b < p.samples; b++) {
-      const double* of_sample = sums + (b * plan.channels + c) * 2;
-      total += of_sample[0], kept += of_sample[1];
-      factors[b * plan.channels + c] = quotient(of_sample[0], of_sample[1]);
-    }
-    if (p.scope == CHANNEL) {
-      float factor = quotient(total, kept);
-      for (int64_t b = 0; b < p.samples; b++) factors[b * plan.channels + c] = factor;
-    }
   }
 }
 
@@ -955,19 +543,19 @@ void multiply_block(const Problem& p, const Plan& plan, const Class& of, int64_t
 }
 
 // What depends on n and m.
-struct Packing {
+struct PackingKernels {
   decltype(&pack_tile<1, 1>) pack_tile;
   decltype(&sum_sample<1, 1>) sum_sample;
 };
 
 template <int M>
-Packing packing(int64_t n) {
+PackingKernels packing(int64_t n) {
   if (n == 1) return {pack_tile<M, 1>, sum_sample<M, 0>};
   if (n == 2) return {pack_tile<M, 2>, sum_sample<M, 0>};
   return {pack_tile<M, 0>, sum_sample<M, 0>};
 }
 
-Packing packing(int64_t n, int64_t m) {
+PackingKernels packing(int64_t n, int64_t m) {
   switch (m) {
     case 1: return {pack_tile<1, 1>, sum_sample<1, 1>};
     case 2: return packing<2>(n);
@@ -980,7 +568,7 @@ Packing packing(int64_t n, int64_t m) {
 
 void run(const Problem& p, char* workspace) {
   const Plan plan(p);
-  const Packing of_m = packing(p.n, p.m);
+  const PackingKernels of_m = packing(p.n, p.m);
   float* packed = reinterpret_cast<float*>(workspace + plan.packed);
   float* slabs = reinterpret_cast<float*>(workspace + plan.slabs);
   float* accumulators = reinterpret_cast<float*>(workspace + plan.accumulators);
@@ -991,18 +579,18 @@ void run(const Problem& p, char* workspace) {
   {
     if (p.is_bfloat16) pack_weight(p, plan, static_cast<const BFloat16*>(p.weight), slabs);
     else pack_weight(p, plan, static_cast<const float*>(p.weight), slabs);
-    if (p.function == RESCALED_MAGNITUDE && p.scope != GROUP) {
+    if (p.is_by_wider_scope()) {
 #pragma omp for collapse(2) schedule(dynamic)
       for (int64_t sample = 0; sample < p.samples; sample++) {
-        for (int64_t c = 0; c < plan.channels; c += STEP) {
-          of_m.sum_sample(p, plan, sample, c, sums + (sample * plan.channels + c) * 2);
+        for (int64_t c = 0; c < p.channels; c += STEP) {
+          of_m.sum_sample(p, sample, c, sums + (sample * p.channels + c) * 2);
         }
       }
-      find_factors(p, plan, sums, factors);
+      find_factors(p, sums, factors);
     }
     for (int64_t sample = 0; sample < p.samples; sample += plan.chunk_samples) {
       int64_t samples = std::min(plan.chunk_samples, p.samples - sample);
-      int64_t first = sample * plan.space, end = (sample + samples) * plan.space;
+      int64_t first = sample * p.space(), end = (sample + samples) * p.space();
 #pragma omp for schedule(dynamic, 4)
       for (int64_t position = first; position < end; position += LANES) {
         of_m.pack_tile(p, plan, factors, position, end,

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sdgp_fx.config import PRUNING_FUNCTIONS
-from sdgp_fx.kernels import reference
+from sdgp_fx.kernels import cpp_prune, reference
 from sdgp_fx.kernels.sparse import cpu
 from sdgp_fx.kernels.sparse.op import PRUNED_INPUT_GRAD
 from sdgp_fx.kernels.sparse.problem import Problem
@@ -28,6 +28,8 @@ FUNCTIONS = [
     ("rescaled_magnitude", "feature_map"),
     ("rescaled_magnitude", "channel"),
 ]
+
+EMPTY = Path(os.devnull)
 
 # Whether the machine has the instruction that multiplies bfloat16 by pairs.
 HAS_PAIRS = "avx512_bf16" in Path("/proc/cpuinfo").read_text()
@@ -327,8 +329,9 @@ def test_gradients_of_any_strides_are_read_in_place():
 def emulated(tmp_path_factory):
     """Return the product with the portable definition of what AVX512-BF16 computes."""
     source = tmp_path_factory.mktemp("pairs") / "emulated.cpp"
-    source.write_text("#define SDGP_EMULATE_PAIRS\n" + cpu.SOURCE.read_text())
-    with mock.patch.object(cpu, "SOURCE", source):
+    text = cpp_prune.text_of(cpu.SOURCE)
+    source.write_text("#define SDGP_EMULATE_PAIRS\n" + text)
+    with mock.patch.object(cpu, "SOURCE", source), mock.patch.object(cpp_prune, "PRUNING", EMPTY):
         library, why = cpu._compiled.__wrapped__()
     assert not why
     return library
@@ -441,7 +444,8 @@ def test_the_loop_of_pairs_multiplies_and_loads(tmp_path):
     source.touch()
     if shutil.which(compiler) is None or subprocess.run([*command, output, source]).returncode:
         pytest.skip("the compiler does not know the machine")
-    subprocess.run([*command, output, cpu.SOURCE], check=True)
+    source.write_text(cpp_prune.text_of(cpu.SOURCE))
+    subprocess.run([*command, output, source], check=True)
     function = r"^\w*8multiplyILi(\d+)ELi(\d+)ELb1E\w*:$(.*?)\.cfi_endproc"
     found = re.findall(function, output.read_text(), re.MULTILINE | re.DOTALL)
     assert {int(vectors) for vectors, _, _ in found} == set(range(1, 13))
@@ -520,12 +524,12 @@ def test_a_compiler_that_fails_is_told_apart(tmp_path):
 
 
 def test_every_function_is_known_and_an_unknown_one_refused(monkeypatch):
-    assert set(cpu.FUNCTIONS) == set(PRUNING_FUNCTIONS)
-    monkeypatch.setattr(cpu, "FUNCTIONS", ("random",))
+    assert set(cpp_prune.FUNCTIONS) == set(PRUNING_FUNCTIONS)
+    monkeypatch.setattr(cpp_prune, "FUNCTIONS", ("random",))
     x, weight = torch.randn(1, 8, 3, 3), torch.randn(8, 8, 1, 1)
     problem = Problem(
         *(x, weight, None, 2, 4, "magnitude", "group", x.shape),
         *([1, 1], [0, 0], [1, 1], False, 1),
     )
-    with pytest.raises(ValueError, match="sparse product has no pruning function 'magnitude'"):
+    with pytest.raises(ValueError, match="in C\\+\\+ have no pruning function 'magnitude'"):
         cpu.prepare(problem)
