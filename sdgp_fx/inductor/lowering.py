@@ -65,7 +65,7 @@ def reason_not_fused(
     if device == "cpu" and order[1] == 0:
         numel, dims = grad_output.get_numel(), len(grad_output.get_size())
         is_large = not isinstance(numel, (int, sympy.Integer)) or numel >= LEAST_NUMEL_OF_CPP_KERNEL
-        if is_large and not cpp_prune.why_not(grad_output.get_dtype(), dims):
+        if is_large and not cpp_prune.why_not(grad_output.get_dtype(), dims, prune):
             return "the C++ kernel is faster"
     # A tile is pruned where its reductions are made: they must not need a loop or an exchange.
     triton = config.triton

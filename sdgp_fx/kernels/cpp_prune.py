@@ -46,14 +46,17 @@ class Gradient(ctypes.Structure):
     )
 
 
-def why_not(dtype: torch.dtype, dims: int) -> str:
+def why_not(dtype: torch.dtype, dims: int, prune: str) -> str:
     """Return why gradients on a CPU are not pruned by this kernel; "" if they are.
 
     The first call may compile it, which takes seconds.
 
     Args:
         dims: How many dimensions they have.
+        prune: The pruning function.
     """
+    if prune not in FUNCTIONS:
+        return "no such pruning function in C++"
     if dtype not in DTYPES:
         return "dtype not supported by the C++ kernel"
     if dims > 2 + MOST_SPACE_DIMS:

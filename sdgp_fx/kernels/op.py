@@ -60,13 +60,12 @@ def prune_nm(
         RuntimeError: A derivative of the operator would be needed, which it hasn't.
     """
     check_arguments(grad_output, seed, n, m, prune, rescale, groups)
-    if grad_output.requires_grad and torch.is_grad_enabled():
-        raise RuntimeError("sdgp::prune_nm has no derivative")
+    _refuse_derivative(grad_output)
     if grad_output.is_cuda:
         from . import triton_prune
 
         return triton_prune.prune_nm(grad_output, seed, n, m, prune, rescale)
-    if grad_output.is_cpu and not cpp_prune.why_not(grad_output.dtype, grad_output.dim()):
+    if grad_output.is_cpu and not cpp_prune.why_not(grad_output.dtype, grad_output.dim(), prune):
         return cpp_prune.prune_nm(grad_output, seed, n, m, prune, rescale)
     return reference.prune_nm(grad_output, seed, n, m, prune, rescale)
 
@@ -77,6 +76,7 @@ _LIBRARY.impl("prune_nm", prune_nm, "CompositeExplicitAutograd")
 @torch.library.register_fake("sdgp::prune_nm", lib=_LIBRARY)
 def _(grad_output: Tensor, *settings: Any) -> Tensor:
     check_arguments(grad_output, *settings)
+    _refuse_derivative(grad_output)
     return torch.empty_like(grad_output)
 
 
@@ -143,7 +143,8 @@ def prune(
 
     Raises:
         ValueError: An argument is not as described here and in `SDGPConfig`.
-        RuntimeError: A derivative would be needed, which pruning hasn't.
+
+    A backward pass through the result raises a RuntimeError: pruning has no derivative.
 
     >>> prune(torch.tensor([[[1.0], [-4.0], [2.0], [3.0]]])).flatten()
     tensor([ 0.0000, -5.7143,  0.0000,  4.2857])
@@ -152,7 +153,23 @@ def prune(
     seed = None
     if prune in STOCHASTIC:
         seed = torch.randint(2**63 - 1, (1,), device=grad_output.device)
+    if grad_output.requires_grad and torch.is_grad_enabled():
+        pruned: Tensor = _WithoutDerivative.apply(grad_output, seed, n, m, prune, rescale, groups)
+        return pruned
     return torch.ops.sdgp.prune_nm(grad_output, seed, n, m, prune, rescale, groups)
+
+
+class _WithoutDerivative(torch.autograd.Function):
+    """The operator, whose result may be used where a graph is recorded, but for its derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        result: Tensor = PRUNE_NM(*arguments)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        raise RuntimeError("sdgp::prune_nm has no derivative")
 
 
 def check_arguments(
@@ -170,6 +187,12 @@ def check_arguments(
     if prune in STOCHASTIC and (seed is None or seed.dtype != torch.int64 or seed.numel() != 1):
         got = "None" if seed is None else f"{tuple(seed.shape)} of {seed.dtype}"
         raise ValueError(f"seed: expected one int64 for prune = {prune!r}, got {got}")
+
+
+def _refuse_derivative(grad_output: Tensor) -> None:
+    # Autograd would warn of it, and give no gradient.
+    if grad_output.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError("sdgp::prune_nm has no derivative")
 
 
 def _check_gradient(grad_output: Tensor, n: int, m: int, groups: int) -> None:

@@ -60,8 +60,9 @@ def test_a_gradient_with_gaps_is_not_taken_flat(nan_filled_empty):
 
 
 def test_what_is_not_covered_has_a_reason():
-    assert "dtype" in cpp_prune.why_not(torch.float64, 4)
-    assert "dimensions" in cpp_prune.why_not(torch.float32, 6)
+    assert "dtype" in cpp_prune.why_not(torch.float64, 4, "random")
+    assert "dimensions" in cpp_prune.why_not(torch.float32, 6, "random")
+    assert "function" in cpp_prune.why_not(torch.float32, 4, "best")
     x = torch.randn(2, 8, 1, 2, 1, 3)
     expected = reference.prune_nm(x, None, 2, 4, "magnitude", "group")
     assert torch.equal(torch.ops.sdgp.prune_nm(x, None, 2, 4, "magnitude", "group", 1), expected)

@@ -183,10 +183,16 @@ def test_public_function_is_the_operator():
 def test_a_derivative_is_refused():
     x = torch.randn(2, 8, 3, requires_grad=True)
     with pytest.raises(RuntimeError, match="sdgp::prune_nm has no derivative"):
-        sdgp_fx.prune(x)
+        prune_nm(x)
+    with pytest.raises(RuntimeError, match="sdgp::prune_nm has no derivative"):
+        sdgp_fx.prune(x).sum().backward()
+    assert torch.equal(sdgp_fx.prune(x), sdgp_fx.prune(x.detach()))
     assert not sdgp_fx.prune(x.detach()).requires_grad
     with torch.no_grad():
         sdgp_fx.prune(x)
+    compiled = torch.compile(lambda x: sdgp_fx.prune(x).sum(), backend="aot_eager")
+    with pytest.raises(RuntimeError, match="has no derivative"):
+        compiled(x).backward()
 
 
 @pytest.mark.parametrize("prune", ["random", "mvue"])
