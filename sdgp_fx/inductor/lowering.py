@@ -6,12 +6,9 @@ loops around it, subclasses of Inductor's private IR.
 - Triton: `TileLoops`. A tile [groups, m] has the iteration space of the pointwise kernel that
   produces the gradient, and the scheduler makes the two one: the gradient is pruned in registers,
   before it leaves for memory.
-- C++: `RegisterLoops`. The loop runs over groups, and its body has m values. The values of a group
-  are apart in memory, so that a vector has neighbouring groups.
+- C++: `RegisterLoops`. The loop runs over groups, and its body has m values.
 
-Where `reason_not_fused` has a reason, the operator's own kernel is called. On a CPU that is so for
-large gradients whose channels are adjacent: nothing is fused with loops over groups there, and the
-kernel of `kernels.cpp_prune`, which transposes vectors, takes half of their time.
+Where `reason_not_fused` has a reason, the operator's own kernel is called.
 """
 
 from __future__ import annotations
@@ -30,7 +27,6 @@ from torch._inductor.runtime.hints import ReductionHint
 from torch._inductor.virtualized import V, ops
 from torch.utils._sympy.functions import FloorDiv, ModularIndexing
 
-from ..kernels import cpp_prune
 from ..kernels.op import PRUNE_NM
 from .pruning_functions import Index, Registers, Tile, Variable, count_operations, prune_group
 from .scheduler_patch import keep_ordering_dependencies
@@ -38,18 +34,8 @@ from .scheduler_patch import keep_ordering_dependencies
 keep_ordering_dependencies()
 
 
-# Values that the loops prune in the time in which the operator is called.
-LEAST_NUMEL_OF_CPP_KERNEL = 1 << 16
-
-
-def reason_not_fused(
-    grad_output: ir.TensorBox, prune: str, rescale: str, order: Sequence[int]
-) -> str:
-    """Return why the operator's own kernel is called; "" if it is not.
-
-    Args:
-        order: The stride order of the result.
-    """
+def reason_not_fused(grad_output: ir.TensorBox, prune: str, rescale: str) -> str:
+    """Return why the operator's own kernel is called; "" if it is not."""
     if prune == "rescaled_magnitude" and rescale != "group":
         return "the factor needs sums over more than a group"
     if grad_output.get_dtype() == torch.float64:
@@ -62,11 +48,6 @@ def reason_not_fused(
     generator = getattr(config, f"{device}_backend", None)
     if (device, generator) not in (("cpu", "cpp"), ("cuda", "triton")):
         return "no lowering for this code generator"
-    if device == "cpu" and order[1] == 0:
-        numel, dims = grad_output.get_numel(), len(grad_output.get_size())
-        is_large = not isinstance(numel, (int, sympy.Integer)) or numel >= LEAST_NUMEL_OF_CPP_KERNEL
-        if is_large and not cpp_prune.why_not(grad_output.get_dtype(), dims, prune):
-            return "the C++ kernel is faster"
     # A tile is pruned where its reductions are made: they must not need a loop or an exchange.
     triton = config.triton
     whole = triton.persistent_reductions and not triton.multi_kernel
@@ -93,13 +74,9 @@ def _prune_nm(
     node = V.current_node
     order = _decide_stride_order(node)
     _reconsider_layout(grad_output, node.all_input_nodes[0], order)
-    on_gpu = grad_output.get_device_or_error().type == "cuda"
-    if reason_not_fused(grad_output, prune, rescale, order):
+    if reason_not_fused(grad_output, prune, rescale):
         call_kernel = fallback_handler(PRUNE_NM, add_to_fallback_set=False)
-        result = call_kernel(grad_output, seed, n, m, prune, rescale, groups)
-        if not on_gpu:
-            _wait_for_weight_grads(result.get_operation_name(), node.all_input_nodes[0])
-        return result
+        return call_kernel(grad_output, seed, n, m, prune, rescale, groups)
 
     dtype, size = grad_output.get_dtype(), grad_output.get_size()
 
@@ -113,6 +90,7 @@ def _prune_nm(
         load = seed.make_loader()
         return load([sympy.S.Zero] * len(seed.get_size())), ops.index_expr(number, torch.int64)
 
+    on_gpu = grad_output.get_device_or_error().type == "cuda"
     prune_values = functools.partial(prune_group, n, m, prune, dtype, draw)
     data: ir.Loops
     if on_gpu:
@@ -125,7 +103,7 @@ def _prune_nm(
     V.graph.register_operation(buffer)
     if not on_gpu:
         V.graph.no_fuse_buffer_names.add(buffer.name)
-        _wait_for_weight_grads(buffer.get_operation_name(), node.all_input_nodes[0])
+        _wait_for_weight_grads(buffer, node.all_input_nodes[0])
     return ir.TensorBox.create(buffer)
 
 
@@ -162,8 +140,8 @@ def _reconsider_layout(grad_output: ir.TensorBox, node: fx.Node, order: Sequence
         _record_stride_order(node, order)
 
 
-def _wait_for_weight_grads(operation: str, grad_output: fx.Node) -> None:
-    """Have an operation run after the weight gradients that were lowered from grad_output.
+def _wait_for_weight_grads(buffer: ir.ComputedBuffer, grad_output: fx.Node) -> None:
+    """Have buffer computed after the weight gradients that were lowered from grad_output.
 
     Left to itself Inductor puts weight gradients off until they take the least memory, and so
     scatters library calls among the loops. But loops that have no call between them make one C++
@@ -173,7 +151,7 @@ def _wait_for_weight_grads(operation: str, grad_output: fx.Node) -> None:
     for user in grad_output.users:
         if user.target is torch.ops.aten.convolution_backward.default:
             lowered = [V.graph.env[grad] for grad in user.users if grad in V.graph.env]
-            names = V.graph.additional_buffer_deps[operation]
+            names = V.graph.additional_buffer_deps[buffer.get_operation_name()]
             names.update(grad.get_name() for grad in lowered)
 
 

@@ -330,20 +330,3 @@ def test_an_unknown_function_is_refused():
 def test_nothing_to_prune():
     x = torch.randn(0, 8, 2, 2)
     assert torch.compile(lambda x: prune_op(x, 2, 4, "magnitude"))(x).shape == x.shape
-
-
-def test_large_gradients_with_adjacent_channels_go_to_the_cpp_kernel():
-    def prune_twice_as_much(x):
-        return prune_op(x * 2, 2, 4, "rescaled_magnitude")
-
-    large, small = torch.randn(4, 64, 16, 16), torch.randn(4, 64, 4, 4)
-    for x, own in (
-        (large.to(memory_format=torch.channels_last), True),
-        (small.to(memory_format=torch.channels_last), False),
-        (large, False),
-    ):
-        torch._dynamo.reset()
-        compiled = torch.compile(prune_twice_as_much)
-        result, (code,) = run_and_get_code(compiled, x)
-        assert (OWN_KERNEL in code) == own
-        assert_same(result, reference_prune(x * 2, 2, 4, "rescaled_magnitude"))
