@@ -3,8 +3,8 @@
 // For one position of the result, acc[ci] += value * weight[tap][co][ci] for the kept co alone: a
 // broadcast, and a multiply-add with a memory operand for every vector of input channels.
 //
-//   gradient   packed in tiles of LANES positions. For each group of m channels a tile has n slots
-//              of LANES values, and LANES places: where their weights lie in a slab.
+//   gradient   packed position by position: n slots for each group of m channels, whose values come
+//              first, and then their places: where their weights lie in a slab.
 //   weight     packed in slabs of one tap, out_block output channels and one block of input
 //              channels, which lie in the first-level cache while a block of positions uses them.
 //   result     a block of positions and a block of input channels at a time, summed in float32.
@@ -15,9 +15,12 @@
 // the same size, and a slab has a row for each pair of a group's four channels, six in all.
 //
 // What the pruning keeps is multiplied, zeros among it; what it drops, and padding, is skipped.
-// Positions beyond the last, in the last tile, repeat the first of it, and are not read.
+// Positions beyond the last, in the last tile, repeat the first of it, and are not read. Nor are
+// slots beyond the last of a position.
 
 // The second part of a file: the first is pruning.h, in the folder above.
+
+#include <unistd.h>
 
 namespace {
 
@@ -54,6 +57,29 @@ inline Floats multiply_add_pairs(Words a, Words b, Floats c) {
 #endif
 }
 
+// Four values for every four lanes, of which spread makes each a vector of its own: fewer loads than
+// one for each value.
+inline Floats load_four(const float* from) {
+#if defined(__AVX512F__)
+  return _mm512_broadcast_f32x4(_mm_loadu_ps(from));
+#elif defined(__AVX2__)
+  return _mm256_broadcast_ps((const __m128*)from);
+#else
+  return load(from);
+#endif
+}
+
+template <int K>
+inline Floats spread(Floats four) {
+#if defined(__AVX512F__)
+  return _mm512_permute_ps(four, K * 0x55);
+#elif defined(__AVX2__)
+  return _mm256_permute_ps(four, K * 0x55);
+#else
+  return SHUFFLE(four, four, K, K, K, K);
+#endif
+}
+
 // The problem: the struct of cpu.py, field by field. The result is the input gradient; out_channels and
 // in_channels are those of one group of the convolution.
 
@@ -64,9 +90,20 @@ struct Problem : Gradient {
   int64_t weight_strides[6];  // group, output channel, input channel, kernel
 };
 
-constexpr int BLOCK = 128;                // Positions of the result.
+constexpr int BLOCK = 256;                // Positions of the result.
 constexpr int64_t CHUNK_BYTES = 1 << 19;  // Of packed gradient, for each thread.
-constexpr int64_t SLAB_BYTES = 1 << 14;
+constexpr int MAX_VECTORS = 8;            // Of a row of a slab.
+static_assert(MAX_M / 4 * 6 * MAX_VECTORS * LANES * 4 < 1 << 16, "places have 16 bits");
+
+// Two thirds of the first-level cache, where its size is known.
+int64_t slab_bytes() {
+#if defined(_SC_LEVEL1_DCACHE_SIZE)
+  static const int64_t cache = sysconf(_SC_LEVEL1_DCACHE_SIZE);
+#else
+  constexpr int64_t cache = 0;
+#endif
+  return std::min<int64_t>(cache > 0 ? cache * 2 / 3 : 1 << 14, 1 << 15);
+}
 
 // Two channels of four, a and b above it, are pair number b * (b - 1) / 2 + a.
 constexpr int PAIRS[6][2] = {{0, 1}, {0, 2}, {1, 2}, {0, 3}, {1, 3}, {2, 3}};
@@ -74,37 +111,37 @@ constexpr int PAIRS[6][2] = {{0, 1}, {0, 2}, {1, 2}, {0, 3}, {1, 3}, {2, 3}};
 // Numbers that follow from a problem's shapes, and where things are in the workspace.
 struct Plan {
   bool in_pairs;                       // Whether two values that are kept share a slot.
-  int64_t group_slots, group_rows;     // Of m channels: slots of a tile, and rows of a slab.
-  int64_t slots;                       // Of a position.
+  int64_t group_slots, group_rows;     // Of m channels: slots, and rows of a slab.
+  int64_t slots, position_floats;      // Of a position, in whole vectors; with their places.
   int64_t vectors, width, in_blocks;   // Of a row of a slab; floats of it; rows for each channel.
   int64_t out_block, taps, rows;       // Output channels of a slab; rows for each tap.
-  int64_t tile_floats, chunk_samples;  // A chunk of samples is packed at once.
+  int64_t chunk_samples;               // A chunk of samples is packed at once.
   int64_t packed, sums, factors, accumulators, slabs, bytes;  // Offsets in bytes; all of it.
 
   Plan(const Problem& p) {
     in_pairs = HAS_PAIRS && p.is_bfloat16 && p.n == 2 && p.m == 4;
     group_slots = in_pairs ? 1 : p.n;
     group_rows = in_pairs ? 6 : p.m;
-    slots = p.channels / p.m * group_slots;
+    slots = ceil_div(p.channels / p.m * group_slots, LANES) * LANES;
+    position_floats = slots + slots / 2;
     rows = p.out_channels / p.m * group_rows;
     taps = p.kernel[0] * p.kernel[1] * p.kernel[2];
 
-    // The fewest loads and stores: for each slot its place, a broadcast and a row of weights, which
+    // The fewest loads and stores: for each slot its place, its value and a row of weights, which
     // is padded; for each slab the sums, which come and go.
     int64_t needed = ceil_div(p.in_channels, LANES);
     double fewest = 1e300;
-    for (int64_t v = 1; v <= 12; v++) {
+    for (int64_t v = 1; v <= MAX_VECTORS; v++) {
       int64_t row_bytes = v * LANES * 4, most_bytes = MAX_M / p.m * group_rows * row_bytes;
-      int64_t outputs = std::max<int64_t>(SLAB_BYTES / most_bytes, 1) * MAX_M;
+      int64_t outputs = std::max<int64_t>(slab_bytes() / most_bytes, 1) * MAX_M;
       double filled = double(std::min(outputs, p.out_channels) / p.m * group_slots);
-      double moved = ceil_div(needed, v) * (v + 2 + (2 * v + 4) / filled);
+      double moved = ceil_div(needed, v) * (v + 0.5 + (2 * v + 4) / filled);
       if (moved <= fewest) fewest = moved, vectors = v, out_block = outputs;
     }
     width = vectors * LANES;
     in_blocks = ceil_div(needed, vectors);
 
-    tile_floats = slots * 2 * LANES;
-    int64_t sample_bytes = std::max<int64_t>(1, slots * 8 * p.space());
+    int64_t sample_bytes = position_floats * 4 * p.space();
     chunk_samples = std::clamp<int64_t>(CHUNK_BYTES * p.threads / sample_bytes, 1, p.samples);
     int64_t tiles = ceil_div(chunk_samples * p.space(), LANES);
 
@@ -115,12 +152,18 @@ struct Plan {
       bytes += ceil_div(size, 64) * 64;
       return begin;
     };
-    packed = take(tiles * tile_floats * 4);
+    packed = take(tiles * LANES * position_floats * 4);
     slabs = take(p.groups * in_blocks * taps * rows * width * 4);
     accumulators = take(p.threads * BLOCK * width * 4);
     sums = take(wide ? p.samples * p.channels * 16 : 0);
     factors = take(wide ? p.samples * p.channels * 4 : 0);
   }
+};
+
+// Slots of a tile: for each a vector of positions.
+struct Slots {
+  Floats value[LANES + STEP];
+  Floats place[LANES + STEP];  // Bytes from the beginning of the slab, as integers.
 };
 
 // A pruning function that packs what it keeps in slots.
@@ -129,16 +172,16 @@ struct Packing : Pruning<M, N> {
   using Base = Pruning<M, N>;
   using Base::n, Base::p;
 
-  // Fill the n slots of a group. If it is rescaled, add up |x| and the kept |x|.
-  void pack(Floats* x, const Tile& tile, int64_t channel, int place, int width, float* slots,
-            Floats& total, Floats& kept) const {
+  // Fill the n slots of a group from this one on. If it is rescaled, add up |x| and the kept |x|.
+  void pack(Floats* x, const Tile& tile, int64_t channel, int place, int row_bytes, int64_t slot,
+            Slots& slots, Floats& total, Floats& kept) const {
     Ints key[M];
     this->make_keys(tile, channel, x, key);
     // The sum of two does not depend on their order.
     bool mark = p.is_by_group() && n() > 2;
-    this->choose(x, key, Ints{} + place, width, mark, [&](int k, Floats value, Ints found) {
-      store(slots + k * 2 * LANES, value);
-      store(slots + k * 2 * LANES + LANES, found);
+    this->choose(x, key, Ints{} + place, row_bytes, mark, [&](int k, Floats value, Ints found) {
+      slots.value[slot + k] = value;
+      slots.place[slot + k] = (Floats)found;
     });
     if (!p.is_by_group()) return;
     total = absolute(x[0]), kept = Floats{};
@@ -146,7 +189,7 @@ struct Packing : Pruning<M, N> {
     if (mark) {
       for (int i = 0; i < M; i++) kept += (Floats)((Ints)absolute(x[i]) & key[i] >> 31);
     } else {
-      for (int k = 0; k < n(); k++) kept += absolute(load(slots + k * 2 * LANES));
+      for (int k = 0; k < n(); k++) kept += absolute(slots.value[slot + k]);
     }
   }
 
@@ -155,81 +198,103 @@ struct Packing : Pruning<M, N> {
   }
 
   // Rescale and round what fills the slots of a group.
-  void finish(const Tile& tile, int64_t channel, int place, int width, float* slots, Floats total,
-              Floats kept) const {
+  void finish(const Tile& tile, int64_t channel, int place, int row_bytes, int64_t slot,
+              Slots& slots, Floats total, Floats kept) const {
+    Floats* value = slots.value + slot;
     if (p.is_by_group()) {
       Factor factor = this->factor(total, kept);
-      for (int k = 0; k < n(); k++) {
-        store(slots + k * 2 * LANES, factor(load(slots + k * 2 * LANES)));
-      }
+      for (int k = 0; k < n(); k++) value[k] = factor(value[k]);
     } else if (p.is_by_wider_scope()) {
       for (int k = 0; k < n(); k++) {
+        Ints found = ((Ints)slots.place[slot + k] - place) / row_bytes;
         Floats factor;
         for (int lane = 0; lane < LANES; lane++) {
-          int32_t found;
-          std::memcpy(&found, slots + (k * 2 + 1) * LANES + lane, sizeof found);
-          int64_t c = channel + (found - place) / width;
-          factor[lane] = this->factors[tile.sample[lane] * p.channels + c];
+          factor[lane] = this->factors[tile.sample[lane] * p.channels + channel + found[lane]];
         }
-        store(slots + k * 2 * LANES, this->scaled(load(slots + k * 2 * LANES), factor));
+        value[k] = this->scaled(value[k], factor);
       }
     }
     if (p.is_bfloat16) {
-      for (int k = 0; k < n(); k++) {
-        store(slots + k * 2 * LANES, round_to_bfloat16(load(slots + k * 2 * LANES)));
-      }
+      for (int k = 0; k < n(); k++) value[k] = round_to_bfloat16(value[k]);
     }
   }
 };
 
-// Make one slot of the two of four channels; its place is that of the pair's row.
-inline void join(const float* two, int place, int width, float* one) {
-  Words value[2] = {(Words)load(two), (Words)load(two + 2 * LANES)};
-  Ints at[2] = {(Ints)load(two + LANES) - place, (Ints)load(two + 3 * LANES) - place};
+// Make one slot of the two of four channels, whose places are their numbers; the one's is that of
+// the pair's row.
+inline void join(const Slots& two, int64_t from, int place, int row_bytes, int64_t to, Slots& one) {
+  Words value[2] = {(Words)two.value[from], (Words)two.value[from + 1]};
+  Ints at[2] = {(Ints)two.place[from] - place, (Ints)two.place[from + 1] - place};
   Ints is_first_upper = at[0] > at[1];
   Ints lower = is_first_upper ? at[1] : at[0], upper = is_first_upper ? at[0] : at[1];
   Words of_lower = is_first_upper ? value[1] : value[0];
   Words of_upper = is_first_upper ? value[0] : value[1];
-  store(one, of_upper | of_lower >> 16);
-  store(one + LANES, ((upper * (upper - 1) >> 1) + lower) * width + place);
+  one.value[to] = (Floats)(of_upper | of_lower >> 16);
+  one.place[to] = (Floats)(((upper * (upper - 1) >> 1) + lower) * row_bytes + place);
+}
+
+// Write LANES slots, from this one on, to a tile's positions.
+__attribute__((noinline)) void write_slots(const Plan& plan, Floats* value, Floats* place,
+                                           int64_t slot, float* packed) {
+  transpose(value);
+  transpose(place);
+  for (int lane = 0; lane < LANES; lane++) {
+    float* position = packed + lane * plan.position_floats;
+    store(position + slot, value[lane]);
+    Halves halves = __builtin_convertvector((Words)place[lane], Halves);
+    std::memcpy(position + plan.slots + slot / 2, &halves, sizeof halves);
+  }
 }
 
 // Prune and pack a tile.
 template <int M, int N>
 void pack_tile(const Problem& p, const Plan& plan, const float* factors, int64_t first,
-               int64_t end, float* slots) {
+               int64_t end, float* packed) {
   Packing<M, N> pruning{p, p.channels / M, factors};
   Tile tile(p, p.grad_strides, first, end);
   Floats x[STEP], total[STEP / M], kept[STEP / M];
   int place[STEP / M];
   int64_t of_group = 0, of_slab = 0;  // Channels before this one.
-  int64_t slots_of_group = pruning.n() * 2 * LANES;
   constexpr bool MAY_PAIR = HAS_PAIRS && M == 4 && N == 2;
   bool in_pairs = MAY_PAIR && plan.in_pairs;
-  float single[MAY_PAIR ? STEP / M * N * 2 * LANES : 1];
-  int width = in_pairs ? 1 : plan.width;  // Of places, one for each channel.
+  Slots slots = {}, single;
+  Slots& to = in_pairs ? single : slots;
+  int row_bytes = plan.width * 4, step_bytes = in_pairs ? 1 : row_bytes;
+  int64_t written = 0, waiting = 0;  // Slots.
+  auto write = [&](int64_t count) {
+    for (int64_t i = 0; i < count; i += LANES) {
+      write_slots(plan, slots.value + i, slots.place + i, written + i, packed);
+    }
+    written += count;
+  };
   for (int64_t begin = 0; begin < p.channels; begin += STEP) {
     int64_t count = std::min(STEP, p.channels - begin) / M;
+    int64_t first_slot = in_pairs ? 0 : waiting;
     tile.read(begin, count * M, x);
-    float* to = in_pairs ? single : slots;
     // One step for all groups after the other, since a step has to wait for the one before.
     for (int64_t i = 0; i < count; i++) {
-      place[i] = of_slab / M * plan.group_rows * plan.width;
-      pruning.pack(x + i * M, tile, begin + i * M, place[i], width, to + i * slots_of_group,
-                   total[i], kept[i]);
+      place[i] = of_slab / M * plan.group_rows * row_bytes;
+      pruning.pack(x + i * M, tile, begin + i * M, place[i], step_bytes,
+                   first_slot + i * pruning.n(), to, total[i], kept[i]);
       of_group += M, of_slab += M;
       if (of_group == p.out_channels) of_group = of_slab = 0;
       if (of_slab == plan.out_block) of_slab = 0;
     }
     for (int64_t i = 0; i < count && !pruning.is_finished(); i++) {
-      pruning.finish(tile, begin + i * M, place[i], width, to + i * slots_of_group, total[i],
-                     kept[i]);
+      pruning.finish(tile, begin + i * M, place[i], step_bytes, first_slot + i * pruning.n(), to,
+                     total[i], kept[i]);
     }
     for (int64_t i = 0; i < count && in_pairs; i++) {
-      join(single + i * slots_of_group, place[i], plan.width, slots + i * 2 * LANES);
+      join(single, i * pruning.n(), place[i], row_bytes, waiting + i, slots);
     }
-    slots += count * plan.group_slots * 2 * LANES;
+    waiting += count * plan.group_slots;
+    int64_t whole = waiting / LANES * LANES;
+    write(whole);
+    waiting -= whole;
+    std::copy_n(slots.value + whole, whole ? waiting : 0, slots.value);
+    std::copy_n(slots.place + whole, whole ? waiting : 0, slots.place);
   }
+  write(waiting);
 }
 
 template <typename T>
@@ -300,59 +365,70 @@ struct Pair {
   float* accumulator;
 };
 
+// Add one slot's products, with the weights of a place of the slab.
+template <int VECTORS, bool IN_PAIRS>
+inline void add_products(Floats value, const float* slab, uint16_t place, Floats* sum) {
+  const float* row = reinterpret_cast<const float*>(reinterpret_cast<const char*>(slab) + place);
+#pragma GCC unroll 8
+  for (int v = 0; v < VECTORS; v++) {
+    Floats weight = load(row + v * LANES);
+    if constexpr (IN_PAIRS) sum[v] = multiply_add_pairs((Words)value, (Words)weight, sum[v]);
+    else sum[v] = multiply_add(value, weight, sum[v]);
+  }
+}
+
 // Add what ROWS positions get through one slab, to nothing if it is their first.
 template <int VECTORS, int ROWS, bool IN_PAIRS>
-inline void multiply(const Pair* pairs, int64_t slot, int64_t kept, const float* slab,
-                     bool is_first) {
-  const float* slots[ROWS];
-  float* accumulator[ROWS];
+inline void multiply(const Plan& plan, const Pair* pairs, int64_t slot, int64_t kept,
+                     const float* slab, bool is_first) {
+  const float* values[ROWS];
+  const char* places[ROWS];
   Floats sum[ROWS][VECTORS];
-#pragma GCC unroll 8
+#pragma GCC unroll 4
   for (int r = 0; r < ROWS; r++) {
-    slots[r] = pairs[r].slots + slot * 2 * LANES;
-    accumulator[r] = pairs[r].accumulator;
-#pragma GCC unroll 12
+    values[r] = pairs[r].slots + slot;
+    places[r] = reinterpret_cast<const char*>(pairs[r].slots + plan.slots) + slot * 2;
+#pragma GCC unroll 8
     for (int v = 0; v < VECTORS; v++) {
-      sum[r][v] = is_first ? Floats{} : load(accumulator[r] + v * LANES);
+      sum[r][v] = is_first ? Floats{} : load(pairs[r].accumulator + v * LANES);
     }
   }
-#pragma GCC unroll 8
-  for (int64_t k = 0; k < kept; k++) {
-#pragma GCC unroll 8
+  int64_t k = 0;
+#pragma GCC unroll 1
+  for (; k + 4 <= kept; k += 4) {
+#pragma GCC unroll 4
     for (int r = 0; r < ROWS; r++) {
-      int32_t place;
-      std::memcpy(&place, slots[r] + k * 2 * LANES + LANES, sizeof place);
-      const float* row = slab + place;
-      if constexpr (IN_PAIRS) {
-        uint32_t pair;
-        std::memcpy(&pair, slots[r] + k * 2 * LANES, sizeof pair);
-        Words value = Words{} + pair;
-#pragma GCC unroll 12
-        for (int v = 0; v < VECTORS; v++) {
-          sum[r][v] = multiply_add_pairs(value, (Words)load(row + v * LANES), sum[r][v]);
-        }
-      } else {
-        // Minus zero: that changes no number, so that compilers make a load of it.
-        Floats value = slots[r][k * 2 * LANES] - Floats{};
-#pragma GCC unroll 12
-        for (int v = 0; v < VECTORS; v++) {
-          sum[r][v] = multiply_add(value, load(row + v * LANES), sum[r][v]);
-        }
-      }
+      Floats four = load_four(values[r] + k);
+      uint64_t place;
+      std::memcpy(&place, places[r] + k * 2, sizeof place);
+      add_products<VECTORS, IN_PAIRS>(spread<0>(four), slab, place, sum[r]);
+      add_products<VECTORS, IN_PAIRS>(spread<1>(four), slab, place >> 16, sum[r]);
+      add_products<VECTORS, IN_PAIRS>(spread<2>(four), slab, place >> 32, sum[r]);
+      add_products<VECTORS, IN_PAIRS>(spread<3>(four), slab, place >> 48, sum[r]);
     }
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 1
+  for (; k < kept; k++) {
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; r++) {
+      uint16_t place;
+      std::memcpy(&place, places[r] + k * 2, sizeof place);
+      // Minus zero: that changes no number, so that compilers make a load of it.
+      add_products<VECTORS, IN_PAIRS>(values[r][k] - Floats{}, slab, place, sum[r]);
+    }
+  }
+#pragma GCC unroll 4
   for (int r = 0; r < ROWS; r++) {
-#pragma GCC unroll 12
-    for (int v = 0; v < VECTORS; v++) store(accumulator[r] + v * LANES, sum[r][v]);
+#pragma GCC unroll 8
+    for (int v = 0; v < VECTORS; v++) store(pairs[r].accumulator + v * LANES, sum[r][v]);
   }
 }
 
 template <int VECTORS, bool IN_PAIRS>
-void multiply_all(const Pair* pairs, int count, int64_t slot, int64_t kept, const float* slab,
-                  int64_t slab_floats, bool is_first) {
+void multiply_all(const Plan& plan, const Pair* pairs, int count, int64_t slot, int64_t kept,
+                  const float* slab, int64_t slab_floats, bool is_first) {
   // As many as registers hold, and no more than hide how long a multiply-add takes.
-  constexpr int ROWS = std::clamp((REGISTERS == 32 ? 24 : 12) / VECTORS, 1, 4);
+  constexpr int ROWS = std::clamp((REGISTERS == 32 ? 16 : 12) / VECTORS, 1, 4);
   // The next slab follows in memory. Fetch it on the way, a part with every step.
   const float* next = slab + slab_floats;
   int64_t part = ceil_div(ceil_div(slab_floats * ROWS, std::max(count, 1)), 16) * 16;
@@ -360,17 +436,15 @@ void multiply_all(const Pair* pairs, int count, int64_t slot, int64_t kept, cons
   for (; i + ROWS <= count; i += ROWS) {
     for (int64_t f = 0; f < part; f += 16) __builtin_prefetch(next + f);
     next += part;
-    // The tile after this one, of which every position fetches a part.
-    const float* later = pairs[std::min(i + LANES, count - 1)].slots + slot * 2 * LANES;
-    for (int64_t k = i % LANES; k < kept; k += LANES) __builtin_prefetch(later + k * 2 * LANES);
-    multiply<VECTORS, ROWS, IN_PAIRS>(pairs + i, slot, kept, slab, is_first);
+    multiply<VECTORS, ROWS, IN_PAIRS>(plan, pairs + i, slot, kept, slab, is_first);
   }
   for (; i < count; i++) {
-    multiply<VECTORS, 1, IN_PAIRS>(pairs + i, slot, kept, slab, is_first);
+    multiply<VECTORS, 1, IN_PAIRS>(plan, pairs + i, slot, kept, slab, is_first);
   }
 }
 
-using MultiplyAll = void (*)(const Pair*, int, int64_t, int64_t, const float*, int64_t, bool);
+using MultiplyAll = void (*)(const Plan&, const Pair*, int, int64_t, int64_t, const float*, int64_t,
+                             bool);
 template <bool IN_PAIRS>
 constexpr MultiplyAll MULTIPLY_ALL[] = {
     nullptr,
@@ -382,10 +456,6 @@ constexpr MultiplyAll MULTIPLY_ALL[] = {
     multiply_all<6, IN_PAIRS>,
     multiply_all<7, IN_PAIRS>,
     multiply_all<8, IN_PAIRS>,
-    multiply_all<9, IN_PAIRS>,
-    multiply_all<10, IN_PAIRS>,
-    multiply_all<11, IN_PAIRS>,
-    multiply_all<12, IN_PAIRS>,
 };
 
 // Positions of the result that the same taps reach: one remainder by the stride in each dimension.
@@ -408,6 +478,12 @@ struct Class {
         if (p.transposed) taps[d].push_back({t, -p.padding[d] + t * p.dilation[d]});
         else if (reach % spacing == 0) taps[d].push_back({t, reach / spacing});
       }
+      // First one that all positions reach, if there is one: it begins their sums.
+      int64_t last = (p.transposed ? p.stride[d] : 1) * (count[d] - 1);
+      auto reaches_all = [&](const Tap& tap) {
+        return tap.shift >= 0 && last + tap.shift < p.output_size[d];
+      };
+      std::stable_partition(taps[d].begin(), taps[d].end(), reaches_all);
     }
   }
 
@@ -469,10 +545,11 @@ void multiply_block(const Problem& p, const Plan& plan, const Class& of, int64_t
       source[i] = source[i] * p.output_size[d] + coordinate[d][i];
       to[i] += (of.remainder[d] + spacing * position.at[d]) * p.result_strides[2 + d];
     }
+    source[i] *= plan.position_floats;
     position.advance(of.count);
   }
   // Sums lie in the result where its rows are whole vectors, if they are close together or are not
-  // read again. Of a single tap nothing has to be zero before.
+  // read again.
   bool has_one_tap = of.tap_count() == 1;
   bool in_place = !p.is_bfloat16 && p.result_strides[1] == 1 && p.in_channels % plan.width == 0 &&
                   (p.groups * plan.in_blocks == 1 ||
@@ -481,10 +558,11 @@ void multiply_block(const Problem& p, const Plan& plan, const Class& of, int64_t
   for (int i = 0; i < count; i++) {
     sums[i] = in_place ? static_cast<float*>(p.result) + to[i] : accumulators + i * plan.width;
   }
+  bool is_first = true;
   auto clear = [&] {
     for (int i = 0; i < count; i++) std::memset(sums[i], 0, plan.width * 4);
+    is_first = false;
   };
-  if (!has_one_tap) clear();
 
   MultiplyAll multiply_all =
       (plan.in_pairs ? MULTIPLY_ALL<HAS_PAIRS> : MULTIPLY_ALL<false>)[plan.vectors];
@@ -493,7 +571,6 @@ void multiply_block(const Problem& p, const Plan& plan, const Class& of, int64_t
   // Copies, which no write to memory changes.
   const uint64_t bound[3] = {uint64_t(p.output_size[0]), uint64_t(p.output_size[1]),
                               uint64_t(p.output_size[2])};
-  const uint64_t tile_floats = plan.tile_floats;
   auto is_inside = [&](int d, int i, int64_t shift) {
     return uint64_t(coordinate[d][i] + shift) < bound[d];
   };
@@ -514,21 +591,20 @@ void multiply_block(const Problem& p, const Plan& plan, const Class& of, int64_t
       for (auto [index_2, shift_2] : of.taps[2]) {
         int reached = 0;
         int64_t shift = (shift_0 * p.output_size[1] + shift_1) * p.output_size[2] + shift_2;
+        const float* shifted = packed + shift * plan.position_floats;
         for (int j = 0; j < in_row; j++) {
           int i = rows[j];
           // Anything if it is not inside, and then not kept.
-          uint64_t from = source[i] + shift;
-          pairs[reached].slots = packed + from / LANES * tile_floats + from % LANES;
+          pairs[reached].slots = shifted + source[i];
           pairs[reached].accumulator = sums[i];
           reached += is_inside(2, i, shift_2);
         }
         int64_t tap = (index_0 * p.kernel[1] + index_1) * p.kernel[2] + index_2;
-        bool is_first = has_one_tap && reached == count;
-        if (has_one_tap && !is_first) clear();
+        if (is_first && reached < count) clear();
         for (int64_t out = 0; out < p.out_channels; out += plan.out_block) {
           int64_t before = out / p.m;  // Groups of m channels.
           int64_t groups = std::min(plan.out_block, p.out_channels - out) / p.m;
-          multiply_all(pairs, reached, first_slot + before * plan.group_slots,
+          multiply_all(plan, pairs, reached, first_slot + before * plan.group_slots,
                        groups * plan.group_slots,
                        slabs + (tap * plan.rows + before * plan.group_rows) * plan.width,
                        groups * plan.group_rows * plan.width, is_first);
@@ -537,6 +613,7 @@ void multiply_block(const Problem& p, const Plan& plan, const Class& of, int64_t
       }
     }
   }
+  if (is_first) clear();
   if (in_place) return;
   int64_t channels = std::min(plan.width, p.in_channels - in_block * plan.width);
   write(p, to, count, channels, accumulators, plan.width);
@@ -594,7 +671,7 @@ void run(const Problem& p, char* workspace) {
 #pragma omp for schedule(dynamic, 4)
       for (int64_t position = first; position < end; position += LANES) {
         of_m.pack_tile(p, plan, factors, position, end,
-                       packed + (position - first) / LANES * plan.tile_floats);
+                       packed + (position - first) * plan.position_floats);
       }
       int64_t blocks = 0;
       std::vector<int64_t> first_block;

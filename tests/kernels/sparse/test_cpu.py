@@ -436,7 +436,10 @@ def innermost_loop(instructions, name):
 
 
 def test_the_loop_of_pairs_multiplies_and_loads(tmp_path):
-    """Of a slot: a broadcast and its place; of a vector: a load, which may be an operand."""
+    """Of four slots: a load of their values, and of their places; each value is spread.
+
+    Of a vector: a load, which may be an operand.
+    """
     compiler = os.environ.get("CXX", "g++")
     # As for a machine that has the instruction. -O3 makes the same loops, and takes longer.
     command = [compiler, "-S", "-O2", "-std=c++17", "-fopenmp", "-march=cooperlake", "-o"]
@@ -448,19 +451,23 @@ def test_the_loop_of_pairs_multiplies_and_loads(tmp_path):
     subprocess.run([*command, output, source], check=True)
     function = r"^\w*8multiplyILi(\d+)ELi(\d+)ELb1E\w*:$(.*?)\.cfi_endproc"
     found = re.findall(function, output.read_text(), re.MULTILINE | re.DOTALL)
-    assert {int(vectors) for vectors, _, _ in found} == set(range(1, 13))
+    assert {int(vectors) for vectors, _, _ in found} == set(range(1, 9))
     for vectors, rows, text in found:
         lines = [line.strip() for line in text.splitlines() if line.strip()]
-        loop = innermost_loop(lines, "vdpbf16ps")
-        products, broadcasts = (
-            sum(line.startswith(name) for line in loop) for name in ("vdpbf16ps", "vpbroadcastd")
+        loop = innermost_loop(lines, "vpermilps")
+        products, spreads, fours = (
+            sum(line.startswith(name) for line in loop)
+            for name in ("vdpbf16ps", "vpermilps", "vbroadcastf32x4")
         )
-        assert products == int(vectors) * broadcasts
-        assert broadcasts % int(rows) == 0
+        assert products == int(vectors) * spreads
+        assert spreads == 4 * fours
+        assert fours == int(rows)
         loads = [line for line in loop if re.match(r"vmov\w+\s+[^%]*\(.*\), %zmm", line)]
-        assert sum("zmm" in line for line in loop) == products + broadcasts + len(loads)
+        assert sum("zmm" in line for line in loop) == products + spreads + fours + len(loads)
         assert len(loads) <= products
-        assert len(loop) <= 2 * products + 4 * broadcasts
+        places = [line for line in loop if re.match(r"movq\s+[^%]*\(.*\), %", line)]
+        assert len(places) == fours
+        assert len(loop) <= 2 * products + 16 * fours + 4
 
 
 # Compilation
