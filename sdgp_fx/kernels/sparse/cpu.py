@@ -59,14 +59,16 @@ def prepare(problem: Problem) -> Callable[[Problem], Tensor]:
 
     def compute(problem: Problem) -> Tensor:
         grad_output, weight, seed = problem[:3]
-        result = grad_output.new_empty_strided(size, strides)
         fields = _Problem.from_buffer_copy(prepared)
         fields.grad_output, fields.weight = grad_output.data_ptr(), weight.data_ptr()
-        fields.result = result.data_ptr()
         fields.threads = torch.get_num_threads()
         fields.seed = 0 if seed is None else int(seed)
         library, reference = cast(ctypes.CDLL, _compiled()[0]), ctypes.byref(fields)
+        # Before the result: what is freed last in an allocator's heap may go back to the system, and
+        # each of its pages would be cleared anew by the next call.
         workspace = torch.empty(library.sdgp_workspace_bytes(reference), dtype=torch.uint8)
+        result = grad_output.new_empty_strided(size, strides)
+        fields.result = result.data_ptr()
         library.sdgp_pruned_input_grad(reference, ctypes.c_void_p(workspace.data_ptr()))
         return result
 
