@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import cast
@@ -20,6 +21,11 @@ from ..cpp_prune import DTYPES as DTYPES
 from .problem import Problem, empty_result
 
 SOURCE = Path(__file__).with_name("pruned_input_grad.cpp")
+
+# The most memory that a thread keeps for its next call.
+KEPT_BYTES = 1 << 25
+
+_of_thread = threading.local()
 
 
 class _Problem(cpp_prune.Gradient):
@@ -60,19 +66,31 @@ def prepare(problem: Problem) -> Callable[[Problem], Tensor]:
     def compute(problem: Problem) -> Tensor:
         grad_output, weight, seed = problem[:3]
         fields = _Problem.from_buffer_copy(prepared)
+        result = grad_output.new_empty_strided(size, strides)
         fields.grad_output, fields.weight = grad_output.data_ptr(), weight.data_ptr()
+        fields.result = result.data_ptr()
         fields.threads = torch.get_num_threads()
         fields.seed = 0 if seed is None else int(seed)
         library, reference = cast(ctypes.CDLL, _compiled()[0]), ctypes.byref(fields)
-        # Before the result: what is freed last in an allocator's heap may go back to the system, and
-        # each of its pages would be cleared anew by the next call.
-        workspace = torch.empty(library.sdgp_workspace_bytes(reference), dtype=torch.uint8)
-        result = grad_output.new_empty_strided(size, strides)
-        fields.result = result.data_ptr()
+        workspace = _workspace(library.sdgp_workspace_bytes(reference))
         library.sdgp_pruned_input_grad(reference, ctypes.c_void_p(workspace.data_ptr()))
         return result
 
     return compute
+
+
+def _workspace(size: int) -> Tensor:
+    """Return memory that no other thread uses: what the last call had, if it is enough.
+
+    Memory that is freed may go back to the system, which clears every page of the next call's. Of a
+    small layer, that took longer than the product.
+    """
+    workspace = getattr(_of_thread, "workspace", None)
+    if workspace is None or len(workspace) < size:
+        workspace = torch.empty(size, dtype=torch.uint8)
+        if size <= KEPT_BYTES:
+            _of_thread.workspace = workspace
+    return cast(Tensor, workspace)
 
 
 def _describe(problem: Problem, result: Tensor) -> _Problem:

@@ -5,6 +5,8 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -57,6 +59,13 @@ TOLERANCES = {
     torch.float32: Tolerance(of_terms=4e-6, of_result=0),
     torch.bfloat16: Tolerance(of_terms=4e-6, of_result=2**-8),
 }
+
+
+@pytest.fixture(autouse=True)
+def no_kept_workspace(monkeypatch):
+    """Let every call have new memory, which may be filled."""
+    monkeypatch.setattr(cpu, "_of_thread", threading.local())
+    monkeypatch.setattr(cpu, "KEPT_BYTES", 0)
 
 
 def assert_agrees(case, n, m, prune, rescale):
@@ -468,6 +477,29 @@ def test_the_loop_of_pairs_multiplies_and_loads(tmp_path):
         places = [line for line in loop if re.match(r"movq\s+[^%]*\(.*\), %", line)]
         assert len(places) == fours
         assert len(loop) <= 2 * products + 16 * fours + 4
+
+
+def test_a_thread_keeps_a_workspace(monkeypatch):
+    monkeypatch.setattr(cpu, "KEPT_BYTES", 1000)
+    first = cpu._workspace(600)
+    assert cpu._workspace(200) is first
+    assert cpu._workspace(800) is not first
+    kept = cpu._workspace(1)
+    assert len(kept) == 800
+    assert len(cpu._workspace(2000)) == 2000
+    assert cpu._workspace(1) is kept
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(cpu._workspace, 1).result() is not kept
+
+
+def test_what_the_last_call_left_is_not_read(monkeypatch):
+    """Of a larger problem of another form: NaN in all places."""
+    case = make_case(40, 96, **LAYERS["3x3 of stride 2"])
+    expected = PRUNED_INPUT_GRAD(*case.arguments(2, 4, "magnitude", "group"))
+    monkeypatch.setattr(cpu, "KEPT_BYTES", 1 << 25)
+    cpu._workspace(1 << 22).fill_(255)
+    result = PRUNED_INPUT_GRAD(*case.arguments(2, 4, "magnitude", "group"))
+    assert torch.equal(result, expected)
 
 
 # Compilation
