@@ -92,6 +92,7 @@ struct Problem : Gradient {
 
 constexpr int BLOCK = 256;                // Positions of the result.
 constexpr int64_t CHUNK_BYTES = 1 << 19;  // Of packed gradient, for each thread.
+constexpr int AHEAD = 4;                  // Positions, whose slots are fetched before they are read.
 constexpr int MAX_VECTORS = 8;            // Of a row of a slab.
 static_assert(MAX_M / 4 * 6 * MAX_VECTORS * LANES * 4 < 1 << 16, "places have 16 bits");
 
@@ -436,6 +437,13 @@ void multiply_all(const Plan& plan, const Pair* pairs, int count, int64_t slot, 
   for (; i + ROWS <= count; i += ROWS) {
     for (int64_t f = 0; f < part; f += 16) __builtin_prefetch(next + f);
     next += part;
+    // What a later step reads: it is short, and far from what this one does.
+    for (int r = 0; r < ROWS; r++) {
+      const float* later = pairs[std::min(i + r + AHEAD, count - 1)].slots + slot;
+      for (int64_t k = 0; k < kept; k += 16) __builtin_prefetch(later + k);
+      later += plan.slots - slot / 2;
+      for (int64_t k = 0; k < kept / 2; k += 16) __builtin_prefetch(later + k);
+    }
     multiply<VECTORS, ROWS, IN_PAIRS>(plan, pairs + i, slot, kept, slab, is_first);
   }
   for (; i < count; i++) {
