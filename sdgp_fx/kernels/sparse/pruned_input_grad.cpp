@@ -512,13 +512,17 @@ void write(const Problem& p, const int64_t* to, int count, int64_t channels, con
            int64_t width) {
   int64_t stride = p.result_strides[1];
   if (p.is_bfloat16) {
-    uint16_t* result = static_cast<uint16_t*>(p.result);
+    BFloat16* result = static_cast<BFloat16*>(p.result);
     for (int i = 0; i < count; i++) {
       for (int64_t c = 0; c < channels; c += LANES) {  // Rows are padded to whole vectors.
-        Words bits = (Words)round_to_bfloat16(load(sums + i * width + c)) >> 16;
+        Floats rounded = round_to_bfloat16(load(sums + i * width + c));
         int64_t lanes = std::min<int64_t>(LANES, channels - c);
+        if (stride == 1 && lanes == LANES) {
+          store(result + to[i] + c, rounded);
+          continue;
+        }
         for (int64_t lane = 0; lane < lanes; lane++) {
-          result[to[i] + (c + lane) * stride] = bits[lane];
+          set(result + to[i] + (c + lane) * stride, rounded[lane]);
         }
       }
     }
