@@ -64,6 +64,7 @@ class SparseCost(NamedTuple):
         choice: Per value of grad_output and per value kept of a group: each is chosen from all.
         pair: Per position of grad_output, tap, row and slab: sums are loaded and stored.
         call: Per layer.
+        dense_of_matrices: Per multiply-add of a dense product of matrices.
     """
 
     mac: float
@@ -71,15 +72,20 @@ class SparseCost(NamedTuple):
     choice: float
     pair: float
     call: float
+    dense_of_matrices: float = 1
 
 
-# Fitted to times on AMD EPYC in float32 with two threads (AVX2), of python -m benchmarks.products.
-# Nothing is known of bfloat16 on a CPU with instructions for it, where both products are others.
-# What is saved has to be more than MARGIN of the product, and MATRIX_MARGIN of one of matrices: its
-# time differed by a factor of up to 2.4 from one process to another, why is not known.
-SPARSE_COST = SparseCost(1.6, 10, 10, 84, 3e6)
+# Fitted to times on AMD EPYC with two threads, of python -m benchmarks.products; those of AVX2 on
+# the same machine, which has AVX-512, with both products restricted to AVX2. MKL takes twice as
+# long for a multiply-add of float32 matrices there as oneDNN in a convolution; not so elsewhere.
+SPARSE_COST = SparseCost(1.15, 14, 10, 280, 2e6)
+SPARSE_COST_AVX512 = {
+    torch.float32: SparseCost(1.3, 12, 20, 560, 2e6, dense_of_matrices=1.4),
+    torch.bfloat16: SparseCost(2.2, 30, 45, 2000, 4e6),
+}
+
+# What is saved has to be more than this part of the product.
 MARGIN = 0.08
-MATRIX_MARGIN = 0.15
 
 # Of float32 in a vector of the CPU; vectors of a row of sums, and output channels of a slab, which
 # kernels/sparse/pruned_input_grad.cpp chooses for each layer: about as many as here.
@@ -103,10 +109,12 @@ def is_sparse_faster(layer: Layer, config: SDGPConfig) -> bool:
     grad_output, weight = (node.meta["val"] for node in (layer.grad_output, layer.weight))
     if grad_output.device.type != "cpu":
         return statically_known_true(layer.macs_per_grad_value / 2 >= GPU_PACKING)
-    cost, values = SPARSE_COST, grad_output.numel()
+    capability, values = torch.backends.cpu.get_cpu_capability(), grad_output.numel()
+    costs = SPARSE_COST_AVX512 if capability == "AVX512" else {}
+    cost = costs.get(grad_output.dtype, SPARSE_COST)
     in_channels = layer.input.meta["val"].shape[layer.channel_dim] // layer.groups
     out_channels = layer.channels // layer.groups
-    lanes = LANES.get(torch.backends.cpu.get_cpu_capability(), 4)
+    lanes = LANES.get(capability, 4)
     vectors = -(-in_channels // lanes)
     macs = layer.macs * config.n / config.m * (vectors * lanes / in_channels)
     rows = -(-vectors // ROW_VECTORS) * -(-out_channels // SLAB_CHANNELS)
@@ -114,5 +122,5 @@ def is_sparse_faster(layer: Layer, config: SDGPConfig) -> bool:
     least = macs * cost.mac + values * (cost.value + cost.choice * config.n) + pairs * cost.pair
     if isinstance(values, int):
         least += cost.call
-    margin = MARGIN if len(layer.weight_shape) > 2 else MATRIX_MARGIN
-    return statically_known_true(least <= layer.macs * (1 - margin))
+    dense = 1.0 if len(layer.weight_shape) > 2 else cost.dense_of_matrices
+    return statically_known_true(least <= layer.macs * dense * (1 - MARGIN))
