@@ -11,7 +11,7 @@ from sdgp_fx.config import STRUCTURES
 from sdgp_fx.kernels.op import PRUNE_NM
 from sdgp_fx.passes import decisions as why
 from sdgp_fx.passes.convolutions import find_convolutions
-from sdgp_fx.passes.profit import COST, is_profitable
+from sdgp_fx.passes.profit import COST, is_profitable, is_sparse_faster
 from sdgp_fx.passes.prune_input_grads import prune_input_grads
 
 from ..helpers.graphs import copy_graph, joint_graph
@@ -100,6 +100,26 @@ def test_elements_are_profitable_where_skipping_zeros_is_faster(layer, shape, is
     decision = product(layer, shape, layers="profitable", product="sparse")
     assert decision.pruned == is_faster
     assert not product(layer, shape, layers="profitable", product="dense").pruned
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "is_faster"),
+    [
+        ("AVX2", torch.float32, {"1x1": True, "3x3": True}),
+        ("AVX512", torch.float32, {"1x1": False, "3x3": True}),
+        ("AVX512", torch.bfloat16, {"1x1": False, "3x3": False}),
+    ],
+)
+def test_the_rule_knows_vectors_and_dtype(capability, dtype, is_faster, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    layers = {
+        "1x1": (nn.Conv2d(256, 128, 1), (16, 256, 32, 32)),
+        "3x3": (nn.Conv2d(64, 64, 3, padding=1), (16, 64, 32, 32)),
+    }
+    for name, (layer, shape) in layers.items():
+        gm = joint_graph(layer.to(dtype), torch.ones(shape, dtype=dtype, requires_grad=True))
+        (found,) = find_convolutions(gm.graph)
+        assert is_sparse_faster(found, SDGPConfig()) == is_faster[name]
 
 
 def test_nothing_is_saved_where_most_is_kept():
