@@ -42,7 +42,7 @@ def is_profitable(layer: Layer, config: SDGPConfig) -> bool:
     Symbolic sizes count as large ones; a device without costs of its own is taken for a GPU.
     """
     if config.structure == "element":
-        return is_sparse_faster(layer, config)
+        return is_sparse_faster(layer, config, or_not_pruned=True)
     grad_output, weight = (node.meta["val"] for node in (layer.grad_output, layer.weight))
     cost, kept = COST.get(grad_output.device.type, COST["cuda"]), config.n / config.m
     least = cost.value + cost.kept * kept
@@ -65,6 +65,8 @@ class SparseCost(NamedTuple):
         pair: Per position of grad_output, tap, row and slab: sums are loaded and stored.
         call: Per layer.
         dense_of_matrices: Per multiply-add of a dense product of matrices.
+        prune: Of a dense product whose gradient is pruned: per value of grad_output and per value
+            kept of a group of 8, in loops of Inductor's; of larger groups that much more.
     """
 
     mac: float
@@ -73,6 +75,7 @@ class SparseCost(NamedTuple):
     pair: float
     call: float
     dense_of_matrices: float = 1
+    prune: float = 0
 
 
 # Fitted to times on AMD EPYC with two threads, of python -m benchmarks.products; those of AVX2 on
@@ -80,7 +83,7 @@ class SparseCost(NamedTuple):
 # long for a multiply-add of float32 matrices there as oneDNN in a convolution; not so elsewhere.
 SPARSE_COST = SparseCost(1.15, 14, 10, 280, 2e6)
 SPARSE_COST_AVX512 = {
-    torch.float32: SparseCost(1.3, 12, 20, 560, 2e6, dense_of_matrices=1.4),
+    torch.float32: SparseCost(1.3, 12, 20, 560, 2e6, dense_of_matrices=1.4, prune=20),
     torch.bfloat16: SparseCost(2.2, 30, 45, 2000, 4e6),
 }
 
@@ -100,8 +103,11 @@ SLAB_CHANNELS = 64
 GPU_PACKING = 287
 
 
-def is_sparse_faster(layer: Layer, config: SDGPConfig) -> bool:
+def is_sparse_faster(layer: Layer, config: SDGPConfig, or_not_pruned: bool = False) -> bool:
     """Whether the product that skips zeros is expected to take less time than the dense one.
+
+    Args:
+        or_not_pruned: Whether the dense product would be one of the gradient as it is.
 
     Symbolic sizes count as large ones. On a GPU that is the best case, calculated from bytes; what
     it takes has to be measured.
@@ -122,5 +128,7 @@ def is_sparse_faster(layer: Layer, config: SDGPConfig) -> bool:
     least = macs * cost.mac + values * (cost.value + cost.choice * config.n) + pairs * cost.pair
     if isinstance(values, int):
         least += cost.call
-    dense = 1.0 if len(layer.weight_shape) > 2 else cost.dense_of_matrices
-    return statically_known_true(least <= layer.macs * dense * (1 - MARGIN))
+    dense = layer.macs * (1.0 if len(layer.weight_shape) > 2 else cost.dense_of_matrices)
+    if not or_not_pruned:
+        dense += values * cost.prune * config.n * max(1, config.m / 8)
+    return statically_known_true(least <= dense * (1 - MARGIN))

@@ -119,7 +119,15 @@ def test_the_rule_knows_vectors_and_dtype(capability, dtype, is_faster, monkeypa
     for name, (layer, shape) in layers.items():
         gm = joint_graph(layer.to(dtype), torch.ones(shape, dtype=dtype, requires_grad=True))
         (found,) = find_convolutions(gm.graph)
-        assert is_sparse_faster(found, SDGPConfig()) == is_faster[name]
+        faster = is_sparse_faster(found, SDGPConfig(), or_not_pruned=True)
+        assert faster == is_faster[name]
+
+
+def test_a_dense_product_has_to_wait_for_its_prune(monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    layer, shape = nn.Conv2d(256, 128, 1), (16, 256, 32, 32)
+    assert product(layer, shape).product == "sparse"
+    assert not product(layer, shape, layers="profitable").pruned
 
 
 def test_nothing_is_saved_where_most_is_kept():
