@@ -158,7 +158,8 @@ def is_chosen(layer: Convolution, n: int, m: int, prune: str, dtype: torch.dtype
     alone = Alone(layer).to(dtype)
     x = torch.empty(layer.input, dtype=dtype, requires_grad=True)
     options = {"sdgp.n": n, "sdgp.m": m, "sdgp.prune": prune, "sdgp.targets": "conv,linear"}
-    (report,) = explain(alone, x, options=options | {"sdgp.layers": "profitable"})
+    options["sdgp.layers"] = "profitable"
+    (report,) = explain(alone, x, options=options)
     return report.pruned
 
 

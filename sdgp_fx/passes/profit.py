@@ -80,11 +80,12 @@ class SparseCost(NamedTuple):
 
 # Fitted to times on AMD EPYC with two threads, of python -m benchmarks.products; those of AVX2 on
 # the same machine, which has AVX-512, with both products restricted to AVX2. MKL takes twice as
-# long for a multiply-add of float32 matrices there as oneDNN in a convolution; not so elsewhere.
+# long for a multiply-add of float32 matrices there as oneDNN in a convolution. Less of it counts,
+# since elsewhere it may not.
 SPARSE_COST = SparseCost(1.15, 14, 10, 280, 2e6)
-SPARSE_COST_AVX512 = {
-    torch.float32: SparseCost(1.3, 12, 20, 560, 2e6, dense_of_matrices=1.4, prune=20),
-    torch.bfloat16: SparseCost(2.2, 30, 45, 2000, 4e6),
+SPARSE_COSTS = {
+    ("AVX512", torch.float32): SparseCost(1.3, 12, 20, 560, 2e6, dense_of_matrices=1.4, prune=20),
+    ("AVX512", torch.bfloat16): SparseCost(2.2, 30, 45, 2000, 4e6),
 }
 
 # What is saved has to be more than this part of the product.
@@ -106,18 +107,17 @@ GPU_PACKING = 287
 def is_sparse_faster(layer: Layer, config: SDGPConfig, or_not_pruned: bool = False) -> bool:
     """Whether the product that skips zeros is expected to take less time than the dense one.
 
-    Args:
-        or_not_pruned: Whether the dense product would be one of the gradient as it is.
-
     Symbolic sizes count as large ones. On a GPU that is the best case, calculated from bytes; what
     it takes has to be measured.
+
+    Args:
+        or_not_pruned: Whether the dense product would be one of the gradient as it is.
     """
     grad_output, weight = (node.meta["val"] for node in (layer.grad_output, layer.weight))
     if grad_output.device.type != "cpu":
         return statically_known_true(layer.macs_per_grad_value / 2 >= GPU_PACKING)
     capability, values = torch.backends.cpu.get_cpu_capability(), grad_output.numel()
-    costs = SPARSE_COST_AVX512 if capability == "AVX512" else {}
-    cost = costs.get(grad_output.dtype, SPARSE_COST)
+    cost = SPARSE_COSTS.get((capability, grad_output.dtype), SPARSE_COST)
     in_channels = layer.input.meta["val"].shape[layer.channel_dim] // layer.groups
     out_channels = layer.channels // layer.groups
     lanes = LANES.get(capability, 4)

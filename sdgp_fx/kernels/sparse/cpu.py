@@ -65,8 +65,8 @@ def prepare(problem: Problem) -> Callable[[Problem], Tensor]:
 
     def compute(problem: Problem) -> Tensor:
         grad_output, weight, seed = problem[:3]
-        fields = _Problem.from_buffer_copy(prepared)
         result = grad_output.new_empty_strided(size, strides)
+        fields = _Problem.from_buffer_copy(prepared)
         fields.grad_output, fields.weight = grad_output.data_ptr(), weight.data_ptr()
         fields.result = result.data_ptr()
         fields.threads = torch.get_num_threads()
@@ -82,8 +82,8 @@ def prepare(problem: Problem) -> Callable[[Problem], Tensor]:
 def _workspace(size: int) -> Tensor:
     """Return memory that no other thread uses: what the last call had, if it is enough.
 
-    Memory that is freed may go back to the system, which clears every page of the next call's. Of a
-    small layer, that took longer than the product.
+    Memory that is freed may go back to the system, which clears every page of the next call's. That
+    took as long as the product of some layers.
     """
     workspace = getattr(_of_thread, "workspace", None)
     if workspace is None or len(workspace) < size:
