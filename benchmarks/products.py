@@ -196,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "products",
         description="Time the input gradient of every distinct layer of networks: dense by the "
         "library, and by the product that prunes and skips the zeros, in turn; and tell whether "
-        "product=auto takes it. On a GPU also without prune and packing, and only the layers that "
+        "it is expected to pay. On a GPU also without prune and packing, and only the layers that "
         "sparse tensor cores cover, those that are products of matrices by cuSPARSELt too. The "
         "gradients are noise.",
         example="--model resnet18 --batch 16 --size 128 --out products.json",
