@@ -23,6 +23,7 @@ from .experiment import Setting
 
 # Fields of a recipe that can differ from what is published.
 _SHOWN = ("epochs", "batch", "lr", "width")
+_SHOWN_OF_FAST = (*_SHOWN, "bias_scale")
 RECIPES = {"paper": cifar10.Recipe, "fast": fast.FastRecipe}
 
 
@@ -129,6 +130,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     width = "channels of the first layer: 128, fast: a factor of all channels: 1"
     add("--width", type=positive(float), help=width)
     parser.add_list("--only", "only", (), "a setting, of all that there are", metavar="NAME")
+    bias = "fast: how many times as fast as weights BatchNorm's biases learn: 64"
+    add("--bias-scale", type=positive(float), help=bias)
     add("--curve", action="store_true", help="fast: test after every epoch")
     add("--minutes", type=positive(float), default=math.inf, help="no run is begun later")
     add("--fraction", type=share, default=1.0, help="of the training images (%(default)s)")
@@ -173,7 +176,8 @@ def make_recipe(args: argparse.Namespace) -> cifar10.Recipe | fast.FastRecipe:
     Raises:
         ValueError: An option is not for this recipe.
     """
-    given = {name: getattr(args, name) for name in _SHOWN if getattr(args, name) is not None}
+    asked = {name: getattr(args, name) for name in _SHOWN_OF_FAST}
+    given = {name: value for name, value in asked.items() if value is not None}
     given |= {"dtype": args.dtype, "compiler": args.compiler}
     if args.recipe == "fast":
         if EXPERIMENTS[args.name].run is maps.run:
@@ -183,6 +187,8 @@ def make_recipe(args: argparse.Namespace) -> cifar10.Recipe | fast.FastRecipe:
         raise ValueError(f"--recipe: expected fast for {args.name}, got paper")
     if args.curve:
         raise ValueError("--curve: expected --recipe fast, got paper, which always has the curve")
+    if args.bias_scale:
+        raise ValueError("--bias-scale: expected --recipe fast, got paper")
     for name in {"epochs", "width"} & given.keys():
         if given[name] % 1:
             raise ValueError(f"--{name}: expected an int with --recipe paper, got {given[name]}")
@@ -210,15 +216,16 @@ def describe(
     test_images: int,
 ) -> str:
     """Say where what was trained is not the published recipe."""
+    is_fast = isinstance(recipe, fast.FastRecipe)
+    shown = _SHOWN_OF_FAST if is_fast else _SHOWN
     paper = type(recipe)()
     dtypes = sorted({setting.dtype or recipe.dtype for setting in compared})
     facts = [
         ("training images", images, 50_000),
         ("test images", test_images, 10_000),
-        *((name, getattr(recipe, name), getattr(paper, name)) for name in _SHOWN),
+        *((name, getattr(recipe, name), getattr(paper, name)) for name in shown),
         ("dtype", " and ".join(dtypes), paper.dtype),
     ]
-    is_fast = isinstance(recipe, fast.FastRecipe)
     return experiment.against_paper(facts, "fast recipe" if is_fast else "paper")
 
 

@@ -21,7 +21,7 @@ from sdgp_fx.kernels.channels import channel_norms, scale_channels, select_chann
 from ..harness.report import Report, Row, environment
 from ..harness.terminal import print_table, progress
 from .cifar10 import Images, Recipe, Run, train
-from .fast import FastRecipe, Trainer
+from .fast import BIAS_SCALE, FastRecipe, Trainer
 from .scaled import scaled
 
 # Options of SDGPConfig that settings differ in.
@@ -182,6 +182,9 @@ def resume(name: str, facts: dict[str, Any], device: torch.device, path: Path | 
     if path is None or not path.exists():
         return report
     stored = json.loads(path.read_text())
+    if stored["settings"].get("name") == "fast":
+        # Files from before it could be chosen do not have it.
+        stored["settings"] = {"bias_scale": BIAS_SCALE, **stored["settings"]}
     if (stored["benchmark"], stored["settings"]) != (report.benchmark, facts):
         raise ValueError(
             f"--out: expected a new file, or one of {name} with {facts}, got {path}, which has "

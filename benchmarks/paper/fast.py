@@ -45,6 +45,7 @@ class FastRecipe:
         dtype: Of autocast; float32 is without.
         compiler: "inductor" or "aot_eager", of the dense network and inside of sdgp.
         curve: Test after every epoch and not only at the end.
+        bias_scale: By how much the rate of BatchNorm's biases is above that of the weights.
     """
 
     epochs: float = EPOCHS
@@ -54,6 +55,7 @@ class FastRecipe:
     dtype: str = "float16"
     compiler: str = "inductor"
     curve: bool = False
+    bias_scale: float = BIAS_SCALE
     label_smoothing: ClassVar[float] = LABEL_SMOOTHING
     name: str = dataclasses.field(default="fast", init=False)
 
@@ -375,7 +377,7 @@ def schedule(done: float) -> float:
 
 
 def make_optimizer(network: FastNet, recipe: FastRecipe) -> torch.optim.Optimizer:
-    """Make an SGD optimizer with Nesterov momentum; BatchNorm's biases learn 64 times as fast.
+    """Make an SGD optimizer with Nesterov momentum, and a rate of their own for BatchNorm's biases.
 
     Returns:
         With three groups of parameters: the whitening bias, the weights, and BatchNorm's biases.
@@ -390,7 +392,7 @@ def make_optimizer(network: FastNet, recipe: FastRecipe) -> torch.optim.Optimize
     groups = (
         (whitening, lr),
         ([p for p in trained if p.dim() > 1], lr),
-        ([p for p in trained if p.dim() == 1], BIAS_SCALE * lr),
+        ([p for p in trained if p.dim() == 1], recipe.bias_scale * lr),
     )
     return torch.optim.SGD(
         [{"params": params, "lr": rate, "weight_decay": decay / rate} for params, rate in groups],

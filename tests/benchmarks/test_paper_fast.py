@@ -336,6 +336,7 @@ def test_times_to_an_accuracy(capsys):
         (["table1", "--minutes", "0"], "--minutes: expected a number above 0"),
         (["table1", "--recipe", "slow"], "--recipe: invalid choice: 'slow'"),
         (["table1", "--curve"], "--curve: expected --recipe fast, got paper"),
+        (["table1", "--bias-scale", "1"], "--bias-scale: expected --recipe fast, got paper"),
         (["table1", "--epochs", "1.5"], "--epochs: expected an int with --recipe paper, got 1.5"),
         (["fig4", "--recipe", "fast"], "--recipe: expected paper for fig4, got fast"),
         (["race"], "--recipe: expected fast for race, got paper"),
