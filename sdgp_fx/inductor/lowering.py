@@ -1,12 +1,9 @@
-"""Inductor's lowering of sdgp::prune_nm: fused with what produces the gradient.
+"""Inductor's lowering of sdgp::prune_nm on GPUs: fused with what produces the gradient.
 
 Importing this module registers it. What is computed is said in `pruning_functions`; here are the
-loops around it, subclasses of Inductor's private IR.
-
-- Triton: `TileLoops`. A tile [groups, m] has the iteration space of the pointwise kernel that
-  produces the gradient, and the scheduler makes the two one: the gradient is pruned in registers,
-  before it leaves for memory.
-- C++: `RegisterLoops`. The loop runs over groups, and its body has m values.
+loops around it, a subclass of Inductor's private IR. A tile [groups, m] has the iteration space of
+the pointwise kernel that produces the gradient, and the scheduler makes the two one: the gradient
+is pruned in registers, before it leaves for memory.
 
 Where `reason_not_fused` has a reason, the operator's own kernel is called.
 """
@@ -14,7 +11,6 @@ Where `reason_not_fused` has a reason, the operator's own kernel is called.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,7 +24,7 @@ from torch._inductor.virtualized import V, ops
 from torch.utils._sympy.functions import FloorDiv, ModularIndexing
 
 from ..kernels.op import PRUNE_NM
-from .pruning_functions import Index, Registers, Tile, Variable, count_operations, prune_group
+from .pruning_functions import Index, Tile, Variable, prune_group
 from .scheduler_patch import keep_ordering_dependencies
 
 keep_ordering_dependencies()
@@ -38,21 +34,19 @@ def reason_not_fused(grad_output: ir.TensorBox, prune: str, rescale: str) -> str
     """Return why the operator's own kernel is called; "" if it is not."""
     if prune == "rescaled_magnitude" and rescale != "group":
         return "the factor needs sums over more than a group"
-    if grad_output.get_dtype() == torch.float64:
-        return "float64"
     if not isinstance(grad_output.get_size()[1], (int, sympy.Integer)):
         return "symbolic number of channels"
     if V.graph.sizevars.statically_known_equals(grad_output.get_numel(), 0):
         return "no values"
     device = grad_output.get_device_or_error().type
     generator = getattr(config, f"{device}_backend", None)
-    if (device, generator) not in (("cpu", "cpp"), ("cuda", "triton")):
+    if (device, generator) != ("cuda", "triton"):
         return "no lowering for this code generator"
     # A tile is pruned where its reductions are made: they must not need a loop or an exchange.
     triton = config.triton
     whole = triton.persistent_reductions and not triton.multi_kernel
     whole = whole and not triton.cooperative_reductions
-    if device == "cuda" and (triton.force_cooperative_reductions or not whole):
+    if triton.force_cooperative_reductions or not whole:
         return "an option splits Triton's reductions"
     return ""
 
@@ -76,7 +70,10 @@ def _prune_nm(
     _reconsider_layout(grad_output, node.all_input_nodes[0], order)
     if reason_not_fused(grad_output, prune, rescale):
         call_kernel = fallback_handler(PRUNE_NM, add_to_fallback_set=False)
-        return call_kernel(grad_output, seed, n, m, prune, rescale, groups)
+        pruned: ir.TensorBox = call_kernel(grad_output, seed, n, m, prune, rescale, groups)
+        if grad_output.get_device_or_error().type == "cpu":
+            _wait_for_weight_grads(pruned, node.all_input_nodes[0])
+        return pruned
 
     dtype, size = grad_output.get_dtype(), grad_output.get_size()
 
@@ -90,20 +87,10 @@ def _prune_nm(
         load = seed.make_loader()
         return load([sympy.S.Zero] * len(seed.get_size())), ops.index_expr(number, torch.int64)
 
-    on_gpu = grad_output.get_device_or_error().type == "cuda"
-    prune_values = functools.partial(prune_group, n, m, prune, dtype, draw)
-    data: ir.Loops
-    if on_gpu:
-        data = TileLoops.over(grad_output, m, prune_values)
-    else:
-        operations = count_operations(n, m, prune, dtype)
-        data = RegisterLoops.over(grad_output, m, prune_values, operations)
-    buffer = ir.ComputedBuffer(name=None, layout=_dense_layout(grad_output, order), data=data)
+    loops = TileLoops.over(grad_output, m, functools.partial(prune_group, n, m, prune, dtype, draw))
+    buffer = ir.ComputedBuffer(name=None, layout=_dense_layout(grad_output, order), data=loops)
     buffer.name = V.graph.register_buffer(buffer)
     V.graph.register_operation(buffer)
-    if not on_gpu:
-        V.graph.no_fuse_buffer_names.add(buffer.name)
-        _wait_for_weight_grads(buffer, node.all_input_nodes[0])
     return ir.TensorBox.create(buffer)
 
 
@@ -140,18 +127,18 @@ def _reconsider_layout(grad_output: ir.TensorBox, node: fx.Node, order: Sequence
         _record_stride_order(node, order)
 
 
-def _wait_for_weight_grads(buffer: ir.ComputedBuffer, grad_output: fx.Node) -> None:
-    """Have buffer computed after the weight gradients that were lowered from grad_output.
+def _wait_for_weight_grads(pruned: ir.TensorBox, grad_output: fx.Node) -> None:
+    """Have pruned computed after the weight gradients that were lowered from grad_output.
 
     Left to itself Inductor puts weight gradients off until they take the least memory, and so
     scatters library calls among the loops. But loops that have no call between them make one C++
     file, and compiling the files is most of what compiling takes. In the order of the graph
-    without the pass, where both gradients are one call, there are about as many as there.
+    without the pass, where both gradients are one call, there are as many as there.
     """
     for user in grad_output.users:
         if user.target is torch.ops.aten.convolution_backward.default:
             lowered = [V.graph.env[grad] for grad in user.users if grad in V.graph.env]
-            names = V.graph.additional_buffer_deps[buffer.get_operation_name()]
+            names = V.graph.additional_buffer_deps[pruned.data.data.get_operation_name()]
             names.update(grad.get_name() for grad in lowered)
 
 
@@ -184,7 +171,8 @@ class TileLoops(ir.Sort):
     ) -> TileLoops:
         """Make the loops over a gradient; prune_values prunes a group, see `prune_group`."""
         load, dtype = _stored(grad_output), grad_output.get_dtype()
-        ranges = _groups(grad_output, m)
+        samples, channels, *spatial = grad_output.get_size()
+        ranges = [samples, FloorDiv(channels, m), *spatial]
 
         def value(index: Index) -> Variable:
             group = [index[0], FloorDiv(index[1], m), *index[2:]]
@@ -213,63 +201,6 @@ class TileLoops(ir.Sort):
     ) -> Any:
         index = self.reindex(vars, reduction_vars)
         return ops.store(output_name or "unnamed", indexer(index), self.inner_fn(index))
-
-
-class RegisterLoops(ir.Pointwise):
-    """Loops over groups that write m values each.
-
-    They must not be fused with what reads the result: of several values stored under one name,
-    the code generator would hand on the last.
-    """
-
-    @classmethod
-    def over(
-        cls,
-        grad_output: ir.TensorBox,
-        m: int,
-        prune_values: Callable[..., list[Variable]],
-        operations: int,
-    ) -> RegisterLoops:
-        """Make the loops over a gradient.
-
-        Args:
-            prune_values: Prunes a group, see `prune_group`.
-            operations: How many operations prune_values has.
-        """
-        load = grad_output.make_loader()
-        # Loops are not vectorized if 12% of their operations access memory with a stride, which
-        # 2m do in channels_last. Without vectors a prune takes several times as long; an identity
-        # counts, and generates no code.
-        wanted = math.ceil(2 * m / 0.12) + 1
-
-        def values(group: Index) -> list[Variable]:
-            gradient = [load(index) for index in _channels(group, m)]
-            for _ in range(wanted - 2 * m - operations):
-                gradient[0] = ops.identity(gradient[0])
-            return prune_values(Registers(m), gradient, group)
-
-        return cls(
-            device=grad_output.get_device_or_error(),
-            dtype=grad_output.get_dtype(),
-            inner_fn=values,
-            ranges=_groups(grad_output, m),
-        )
-
-    def store_output(self, output_name: str | None, indexer: Any, vars: Index) -> Any:
-        values = self.inner_fn(vars)
-        for index, value in zip(_channels(vars, len(values)), values, strict=True):
-            ops.store(output_name or "unnamed", indexer(index), value)
-
-
-def _groups(grad_output: ir.TensorBox, m: int) -> list[Any]:
-    """Return the sizes of (samples, groups of channels, *spatial)."""
-    samples, channels, *spatial = grad_output.get_size()
-    return [samples, FloorDiv(channels, m), *spatial]
-
-
-def _channels(group: Index, m: int) -> list[Index]:
-    """Return the indices of a group's m values."""
-    return [[group[0], group[1] * m + i, *group[2:]] for i in range(m)]
 
 
 def _stored(grad_output: ir.TensorBox) -> Callable[[Index], Variable]:

@@ -1,31 +1,25 @@
 """The functions of `kernels.reference`, written once more over Inductor's virtualized ops.
 
-They compute with "group values", one value for each of the m channels of a group, in the shape
-that suits the code generator:
-
-- `Tile`, for Triton: a group value is a tile [groups, m]; what belongs to a group as a whole, such
-  as its sum, is a reduction of a tile, [groups, 1].
-- `Registers`, for C++: a group value is a list of m variables.
+They compute with tiles: a variable of the generated code is [groups, m], with a value for each
+channel of a group, or [groups, 1], where it belongs to the group as a whole. Those are reductions
+of a tile, such as its sum.
 """
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch._inductor.ops_handler import DefaultHandler
-from torch._inductor.virtualized import V, ops
+from torch._inductor.virtualized import ops
 
 from ..config import MAX_M
 from ..kernels.reference import UNIFORM_BITS
 
 Index = Sequence[Any]  # of sympy expressions
 Variable = Any  # of the generated code
-GroupValue = Any  # a variable, or a list of m
 
 
 def prune_group(
@@ -34,19 +28,19 @@ def prune_group(
     prune: str,
     dtype: torch.dtype,
     draw: Callable[[Index], tuple[Variable, Variable]],
-    group: Tile | Registers,
-    values: GroupValue,
+    tile: Tile,
+    values: Variable,
     index: Index,
-) -> GroupValue:
-    """Prune a group.
+) -> Variable:
+    """Prune groups.
 
     Args:
         n, m, prune: As in `SDGPConfig`; the scope of the rescaled magnitude is the group.
         dtype: The dtype of the gradient in memory.
         draw: Returns the seed, and the number of the group at index.
-        group: How to compute with group values.
-        values: The group's values in float32, as they are in memory.
-        index: The index of the group: sample, group of channels, *spatial.
+        tile: Of the groups.
+        values: The groups' values in float32, as they are in memory.
+        index: The index of a group: sample, group of channels, *spatial.
 
     Returns:
         The pruned values, of dtype.
@@ -57,44 +51,21 @@ def prune_group(
     if n == m:
         result = values
     elif prune == "magnitude":
-        keep = _magnitude_keep(group, group.each(ops.abs, values), n, dtype)
-        result = _kept(group, keep, values)
+        result = _kept(_magnitude_keep(tile, ops.abs(values), n, dtype), values)
     elif prune == "rescaled_magnitude":
-        result = _rescaled_magnitude(group, values, n, dtype)
+        result = _rescaled_magnitude(tile, values, n, dtype)
     elif prune == "random":
-        result = _kept(group, _random_keep(group, *draw(index), n), values)
+        result = _kept(_random_keep(tile, *draw(index), n), values)
     elif prune == "mvue":
         uniform = ops.bitwise_right_shift(_philox(*draw(index), 0)[0], _int64(32 - UNIFORM_BITS))
-        result = _mvue(group, values, ops.to_dtype(uniform, torch.int32), n, dtype)
+        result = _mvue(tile, values, ops.to_dtype(uniform, torch.int32), n, dtype)
     else:
         raise ValueError(f"prune: the lowering has no pruning function {prune!r}")
-    if dtype == torch.float32:
-        return result
-    return group.each(lambda value: ops.to_dtype(value, dtype), result)
-
-
-class _Counter(DefaultHandler):
-    """Count operations, without constants."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def _default(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self.count += name != "constant"
-        return name
-
-
-@functools.cache
-def count_operations(n: int, m: int, prune: str, dtype: torch.dtype) -> int:
-    """Count the operations on a group in registers, once it has its values and its draw."""
-    counter = _Counter()
-    with V.set_ops_handler(counter):
-        prune_group(n, m, prune, dtype, lambda index: ("", ""), Registers(m), [""] * m, [])
-    return counter.count
+    return result if dtype == torch.float32 else ops.to_dtype(result, dtype)
 
 
 class Tile:
-    """Group values as tiles: a group value is [groups, m], a variable of the group [groups, 1].
+    """What is computed with the m channels of every group together.
 
     Args:
         position: The index of a channel in its group, a sympy expression.
@@ -104,23 +75,19 @@ class Tile:
         self.m = m
         self.position = ops.index_expr(position, torch.int32)
 
-    def each(self, function: Callable[..., Variable], *values: GroupValue) -> GroupValue:
-        """Apply function at every position, to group values and to variables of the group."""
-        return function(*values)
-
-    def total(self, values: GroupValue) -> Variable:
+    def total(self, values: Variable) -> Variable:
         """Sum m float32 values."""
         return ops.reduction(torch.float32, torch.float32, "sum", values)
 
-    def spread(self, variables: list[Variable]) -> GroupValue:
-        """Return the group value of m variables."""
+    def spread(self, variables: list[Variable]) -> Variable:
+        """Return the tile of m variables [groups, 1]."""
         result = variables[-1]
         for i in reversed(range(self.m - 1)):
             result = ops.where(self._is_at(i), variables[i], result)
         return result
 
-    def columns(self, values: GroupValue) -> list[Variable]:
-        """Return the m variables of a float32 group value.
+    def columns(self, values: Variable) -> list[Variable]:
+        """Return the m variables [groups, 1] of a float32 tile.
 
         Each is a sum with zeros at all other positions. The bits are summed, as the compiler knows
         x + 0 to be x for every integer x.
@@ -130,7 +97,7 @@ class Tile:
         sums = [ops.reduction(torch.int32, torch.int32, "sum", column) for column in alone]
         return [ops.to_dtype_bitcast(column, torch.float32, torch.int32) for column in sums]
 
-    def largest(self, scores: GroupValue, n: int, free_bits: bool) -> GroupValue:
+    def largest(self, scores: Variable, n: int, free_bits: bool) -> Variable:
         """Mask the n largest of int32 scores >= 0; of equal ones the lower position.
 
         A reduction finds the largest, another the largest below that, and so on; or the smallest,
@@ -159,152 +126,55 @@ class Tile:
         return ops.eq(self.position, _int32(i))
 
 
-class Registers:
-    """Group values as lists of m variables, with the methods of `Tile`."""
-
-    def __init__(self, m: int) -> None:
-        self.m = m
-
-    def each(self, function: Callable[..., Variable], *values: GroupValue) -> GroupValue:
-        lists = [value if isinstance(value, list) else [value] * self.m for value in values]
-        return [function(*arguments) for arguments in zip(*lists, strict=True)]
-
-    def total(self, values: GroupValue) -> Variable:
-        return functools.reduce(ops.add, values)
-
-    def spread(self, variables: list[Variable]) -> GroupValue:
-        return variables
-
-    def columns(self, values: GroupValue) -> list[Variable]:
-        return values
-
-    def largest(self, scores: GroupValue, n: int, free_bits: bool) -> GroupValue:
-        """Mask as `Tile.largest` does, in 32 bits, which vectors have most of."""
-        if free_bits:
-            last_places = [_int32(self.m - 1 - i) for i in range(self.m)]
-            keys = self.each(ops.bitwise_or, scores, last_places)
-            return self.each(ops.ge, keys, _nth_largest(keys, n))
-        # What is above the n-th largest, and of its equals the first that there is room for. Scores
-        # have 31 bits, so their differences have a sign.
-        below = self.each(ops.sub, _nth_largest(scores, n), scores)
-        above = self.each(ops.bitwise_right_shift, below, _int32(31))
-        room = ops.add(_int32(n), self.total(above))
-        keep = []
-        for difference in below:
-            has_room = ops.to_dtype(ops.gt(room, _int32(0)), torch.int32)
-            keep.append(ops.lt(difference, has_room))
-            is_equal = ops.to_dtype(ops.eq(difference, _int32(0)), torch.int32)
-            room = ops.sub(room, is_equal)
-        return keep
-
-
-def _nth_largest(keys: list[Variable], n: int) -> Variable:
-    """Sort as far as the n-th of the descending keys needs it."""
-    needed, comparators = {n - 1}, []
-    for i, j in reversed(_sorting_network(len(keys))):
-        if i in needed or j in needed:
-            comparators.append((i, j, i in needed, j in needed))
-            needed |= {i, j}
-    keys = list(keys)
-    for i, j, needs_larger, needs_smaller in reversed(comparators):
-        a, b = keys[i], keys[j]
-        if needs_larger:
-            keys[i] = ops.maximum(a, b)
-        if needs_smaller:
-            keys[j] = ops.minimum(a, b)
-    return keys[n - 1]
-
-
-def _sorting_network(size: int) -> list[tuple[int, int]]:
-    """Return the pairs of places that Batcher's odd-even merge sort compares, for a power of two.
-
-    The larger key goes to the first of the two places.
-    """
-
-    def merge(places: range) -> list[tuple[int, int]]:
-        if len(places) == 2:
-            return [(places[0], places[1])]
-        between = zip(places[1:-1:2], places[2::2], strict=True)
-        return [*merge(places[::2]), *merge(places[1::2]), *between]
-
-    def sort(places: range) -> list[tuple[int, int]]:
-        if len(places) == 1:
-            return []
-        half = len(places) // 2
-        return [*sort(places[:half]), *sort(places[half:]), *merge(places)]
-
-    return sort(range(size))
-
-
-def _magnitude_keep(
-    group: Tile | Registers, size: GroupValue, n: int, dtype: torch.dtype
-) -> GroupValue:
+def _magnitude_keep(tile: Tile, size: Variable, n: int, dtype: torch.dtype) -> Variable:
     """Mask the n largest of size |g|.
 
     Its bits compare as it does, and those of NaN are above infinity's.
     """
-
-    def bits(size: Variable) -> Variable:
-        return ops.to_dtype_bitcast(size, torch.int32, torch.float32)
-
+    bits = ops.to_dtype_bitcast(size, torch.int32, torch.float32)
     # A 16-bit value leaves at least 13 bits of the float32 zero.
-    return group.largest(group.each(bits, size), n, free_bits=dtype.itemsize == 2)
+    return tile.largest(bits, n, free_bits=dtype.itemsize == 2)
 
 
-def _random_keep(group: Tile | Registers, seed: Variable, number: Variable, n: int) -> GroupValue:
-    words = [_philox(seed, number, block) for block in range(-(-group.m // 4))]
+def _random_keep(tile: Tile, seed: Variable, number: Variable, n: int) -> Variable:
+    words = [_philox(seed, number, block) for block in range(-(-tile.m // 4))]
 
     def score(word: Variable) -> Variable:
         high = ops.bitwise_right_shift(word, _int64(6))
         return ops.to_dtype(ops.mul(high, _int64(MAX_M)), torch.int32)
 
-    scores = [score(word) for word in itertools.chain(*words)][: group.m]
-    return group.largest(group.spread(scores), n, free_bits=True)
+    scores = [score(word) for word in itertools.chain(*words)][: tile.m]
+    return tile.largest(tile.spread(scores), n, free_bits=True)
 
 
-def _rescaled_magnitude(
-    group: Tile | Registers, values: GroupValue, n: int, dtype: torch.dtype
-) -> GroupValue:
-    size = group.each(ops.abs, values)
-    keep = _magnitude_keep(group, size, n, dtype)
-    factor = ops.truediv(group.total(size), group.total(_kept(group, keep, size)))
+def _rescaled_magnitude(tile: Tile, values: Variable, n: int, dtype: torch.dtype) -> Variable:
+    size = ops.abs(values)
+    keep = _magnitude_keep(tile, size, n, dtype)
+    factor = ops.truediv(tile.total(size), tile.total(_kept(keep, size)))
     is_finite = _is_finite(factor)
     factor = ops.where(is_finite, factor, _float32(1))
     # The limit is infinite for NaN and infinities, whose factor is 1.
     limit = ops.where(is_finite, _float32(torch.finfo(dtype).max), _float32(math.inf))
-
-    def scaled(value: Variable, factor: Variable, limit: Variable) -> Variable:
-        return ops.maximum(ops.minimum(ops.mul(value, factor), limit), ops.neg(limit))
-
-    return _kept(group, keep, group.each(scaled, values, factor, limit))
+    scaled = ops.maximum(ops.minimum(ops.mul(values, factor), limit), ops.neg(limit))
+    return _kept(keep, scaled)
 
 
-def _mvue(
-    group: Tile | Registers,
-    values: GroupValue,
-    uniform: Variable,
-    n: int,
-    dtype: torch.dtype,
-) -> GroupValue:
+def _mvue(tile: Tile, values: Variable, uniform: Variable, n: int, dtype: torch.dtype) -> Variable:
     zero, one = _float32(0), _float32(1)
-
-    def joins(size: Variable, room: Variable, rest: Variable) -> Variable:
-        return ops.ge(ops.mul(room, size), rest)
-
-    size = group.each(ops.abs, values)
-    room, rest = _float32(n), group.total(size)
+    size = ops.abs(values)
+    room, rest = _float32(n), tile.total(size)
     finite = _is_finite(rest)
     uncertain = size
     for _ in range(n):
         # A zero joins only once the rest is zero, and then the room is not read any more.
-        joining = group.each(joins, uncertain, room, rest)
-        uncertain = group.each(ops.where, joining, zero, uncertain)
-        room = ops.sub(room, group.total(group.each(ops.where, joining, one, zero)))
-        rest = group.total(uncertain)
-    certain = group.each(ops.ne, size, uncertain)
+        joining = ops.ge(ops.mul(room, uncertain), rest)
+        uncertain = ops.where(joining, zero, uncertain)
+        room = ops.sub(room, tile.total(ops.where(joining, one, zero)))
+        rest = tile.total(uncertain)
+    certain = ops.ne(size, uncertain)
 
     # Prefix sums from the lowest channel up; their last is the sum that they have to reach.
-    prefixes = list(itertools.accumulate(group.columns(uncertain), ops.add))
+    prefixes = list(itertools.accumulate(tile.columns(uncertain), ops.add))
     rest = prefixes[-1]
     some = ops.logical_and(finite, ops.gt(rest, zero))
     density = ops.truediv(room, ops.where(some, rest, one))
@@ -318,22 +188,17 @@ def _mvue(
         sampled.append(ops.gt(passed, before))
         before = passed
 
-    def unbiased(
-        value: Variable, certain: Variable, sampled: Variable, by_magnitude: Variable
-    ) -> Variable:
-        signed = ops.where(ops.lt(value, zero), ops.neg(step), step)
-        drawn = ops.where(sampled, signed, zero)
-        result = ops.where(certain, value, drawn)
-        return ops.where(finite, result, ops.where(by_magnitude, value, zero))
-
     step = ops.minimum(ops.truediv(rest, room), _float32(torch.finfo(dtype).max))
-    by_magnitude = _magnitude_keep(group, size, n, dtype)
-    return group.each(unbiased, values, certain, group.spread(sampled), by_magnitude)
+    signed = ops.where(ops.lt(values, zero), ops.neg(step), step)
+    drawn = ops.where(tile.spread(sampled), signed, zero)
+    result = ops.where(certain, values, drawn)
+    by_magnitude = _kept(_magnitude_keep(tile, size, n, dtype), values)
+    return ops.where(finite, result, by_magnitude)
 
 
-def _kept(group: Tile | Registers, keep: GroupValue, values: GroupValue) -> GroupValue:
+def _kept(keep: Variable, values: Variable) -> Variable:
     """Select values where keep, else 0."""
-    return group.each(ops.where, keep, values, _float32(0))
+    return ops.where(keep, values, _float32(0))
 
 
 def _is_finite(value: Variable) -> Variable:

@@ -3,7 +3,6 @@
 The generated Triton code is run in Triton's interpreter, on CPU tensors.
 """
 
-import functools
 import re
 
 import pytest
@@ -15,12 +14,11 @@ pytest.importorskip("triton", reason="needs Triton")
 
 import sdgp_fx.inductor.lowering  # noqa: F401  (Registers the lowering.)
 from sdgp_fx.config import PRUNING_FUNCTIONS
-from sdgp_fx.inductor.pruning_functions import count_operations
+from sdgp_fx.inductor.pruning_functions import prune_group
 from sdgp_fx.kernels import reference
 from sdgp_fx.kernels.op import STOCHASTIC
 
 from ..conftest import HAS_GPU
-from ..helpers import by_hand
 from ..helpers.generated import gpu_code, kernels
 
 PATTERNS = [(1, 2), (2, 4), (3, 4), (4, 8), (24, 32)]
@@ -60,7 +58,7 @@ def assert_same(actual, expected, relative=0.0):
     assert actual.stride() == expected.stride()
 
 
-# C++
+# CPUs, where nothing is fused
 
 
 @pytest.fixture(autouse=True)
@@ -70,36 +68,22 @@ def no_code_of_another_lowering():
         yield
 
 
-@pytest.mark.parametrize(
-    ("dtype", "memory_format"),
-    [
-        (torch.float32, torch.contiguous_format),
-        (torch.bfloat16, torch.channels_last),
-    ],
-)
-def test_cpp_is_the_reference_to_the_last_bit(dtype, memory_format):
-    cases = [*(((2, 4), prune) for prune in PRUNING_FUNCTIONS), ((3, 4), "mvue")]
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_cpu_calls_the_operator(dtype, memory_format):
+    cases = [(2, 4, prune) for prune in PRUNING_FUNCTIONS]
 
     def prune_all(x):
-        return [prune_op(x, n, m, prune) for (n, m), prune in cases]
+        return [prune_op(x + x, *case) for case in cases]
 
     x = gradient(dtype, memory_format)
     results, (code,) = run_and_get_code(torch.compile(prune_all, fullgraph=True), x)
-    assert OWN_KERNEL not in code
-    for result, ((n, m), prune) in zip(results, cases, strict=True):
-        assert_same(result, reference_prune(x, n, m, prune))
+    assert code.count(OWN_KERNEL) == len(cases)
+    for result, case in zip(results, cases, strict=True):
+        assert_same(result, reference_prune(x + x, *case))
 
 
-def test_cpp_is_vectorized():
-    """With few operations too: those that access memory with a stride are many of them."""
-
-    for dtype, m in ((torch.float32, 2), (torch.float32, 8), (torch.bfloat16, 4)):
-        compiled = torch.compile(lambda x, m=m: prune_op(x, 1, m, "magnitude"))
-        _, (code,) = run_and_get_code(compiled, gradient(dtype))
-        assert "at::vec::Vectorized<" in code
-
-
-def test_cpp_readers_of_the_pruned_gradient():
+def test_cpu_readers_of_the_pruned_gradient():
     def read(x):
         pruned, pruned_again = prune_twice(x)
         return pruned, pruned_again, pruned.unflatten(1, (-1, 4)).amax(2)
@@ -109,77 +93,46 @@ def test_cpp_readers_of_the_pruned_gradient():
         assert_same(result, expected)
 
 
-def test_cpp_weight_gradients_are_not_put_off():
-    """Which would need less memory here, but scatters library calls among the loops."""
+def train_small_network(backend):
+    """Return the code of a backward in which weight gradients put off would take less memory."""
+    torch._dynamo.reset()
     layers = []
     for inputs, outputs, stride in ((8, 8, 1), (8, 64, 8), (64, 64, 1), (64, 64, 1)):
         conv = torch.nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
         layers += [conv, torch.nn.BatchNorm2d(outputs), torch.nn.ReLU()]
     network = torch.nn.Sequential(*layers).to(memory_format=torch.channels_last)
     x = torch.randn(1, 8, 64, 64).to(memory_format=torch.channels_last)
-    compiled = torch.compile(network, backend="sdgp")
+    compiled = torch.compile(network, backend=backend)
     _, (_, backward) = run_and_get_code(lambda: compiled(x).sum().backward())
+    return backward
+
+
+def test_cpu_weight_gradients_are_not_put_off():
+    """Which scatters library calls among the loops, so that there is more C++ to compile."""
+    backward = train_small_network("sdgp")
     calls = re.findall(r"convolution_backward\.default\(.*(\[(?:True|False).*?\])\)", backward)
     weight_grad, input_grad = "[False, True, False]", "[True, False, False]"
     assert calls == [weight_grad, input_grad] * 3 + [weight_grad]
+    assert backward.count(OWN_KERNEL) == 3
+    kernels_of = re.compile(r"^cpp_fused_\w+ = ", re.M)
+    stock = train_small_network("inductor")
+    assert len(kernels_of.findall(backward)) == len(kernels_of.findall(stock))
 
 
-def test_cpp_of_other_patterns():
-    patterns = [pattern for pattern in PATTERNS if pattern[1] != 4]
-
-    def prune_all(x):
-        return [prune_op(x, n, m, "rescaled_magnitude") for n, m in patterns]
-
-    x = gradient(torch.float32)
-    for result, (n, m) in zip(torch.compile(prune_all)(x), patterns, strict=True):
-        assert_same(result, reference_prune(x, n, m, "rescaled_magnitude"))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_cpp_selection_of_neighbouring_and_equal_values(dtype):
-    """All groups of four, and some of eight, of a few values that are hard to tell apart."""
-    info = torch.finfo(dtype)
-    values = [0.0, -0.0, info.tiny * info.eps, 1.0, -1 - info.eps, float("inf"), float("nan")]
-    values = torch.tensor(values, dtype=dtype)
-    fours = torch.cartesian_prod(*[values] * 4)
-    eights = torch.cat([fours, fours[torch.randperm(len(fours))]], 1)
-    fours, eights = fours.unsqueeze(-1), eights.unsqueeze(-1)
-
-    def prune_all(prune, fours, eights):
-        pruned = [prune(fours, n, 4, "magnitude") for n in (1, 2, 3)]
-        return pruned + [prune(eights, n, 8, "magnitude") for n in (3, 4, 6)]
-
-    results = torch.compile(functools.partial(prune_all, prune_op))(fours, eights)
-    for result, expected in zip(results, prune_all(reference_prune, fours, eights), strict=True):
-        assert_same(result, expected)
-
-
-def test_cpp_mvue_at_the_ends_of_the_random_numbers():
-    """Where rounding could keep one more or less than n."""
-
-    def prune(x, seed):
-        return torch.ops.sdgp.prune_nm(x, seed, 3, 8, "mvue", "group", 1)
-
-    compiled = torch.compile(prune)
-    for number in (by_hand.SMALLEST_UNIFORM, by_hand.LARGEST_UNIFORM):
-        seed = torch.tensor([number])
-        for x in torch.randn(40, 8).exp():
-            x = x.view(1, 8, 1)
-            assert_same(compiled(x, seed), reference.prune_nm(x, seed, 3, 8, "mvue", "group"))
-
-
-def test_operations_grow_little_faster_than_the_group():
-    """Compiling takes time for each."""
-    counts = [count_operations(m // 2, m, "rescaled_magnitude", torch.float32) for m in (4, 8, 32)]
-    assert counts[1] < 2.5 * counts[0]
-    assert counts[2] < 5.5 * counts[1]
-
-
-def test_cpp_with_a_symbolic_batch():
+def test_cpu_with_a_symbolic_batch():
     compiled = torch.compile(lambda x: prune_op(x * 2, 2, 4, "random"), dynamic=True)
     for batch in (3, 5):
         x = torch.randn(batch, 8, 2, 2)
         assert_same(compiled(x), reference_prune(x * 2, 2, 4, "random"))
+
+
+def test_cpu_with_a_symbolic_number_of_channels():
+    def repeated(x):
+        return prune_op(torch.cat([x] * 4, dim=1), 2, 4, "magnitude")
+
+    x = torch.randn(2, 8, 2, 2)
+    torch._dynamo.mark_dynamic(x, 1)
+    assert_same(torch.compile(repeated)(x), repeated(x))
 
 
 def test_one_and_three_spatial_dimensions():
@@ -300,31 +253,10 @@ def test_options_that_divide_a_tile_bring_the_own_kernel(options):
         assert calls_own_kernel(lambda x: prune_op(x, 2, 4, "magnitude"), x)
 
 
-def test_cpu_cases_of_the_own_kernel():
-    def code_of(function, *inputs, **options):
-        torch._dynamo.reset()
-        _, codes = run_and_get_code(torch.compile(function, **options), *inputs)
-        return "\n".join(codes)
-
-    def magnitude(x):
-        return prune_op(x, 2, 4, "magnitude")
-
-    x = torch.randn(2, 8, 2, 2)
-    assert OWN_KERNEL not in code_of(magnitude, x)
-    assert OWN_KERNEL in code_of(magnitude, x.double())
-
-    def repeated(x):
-        return magnitude(torch.cat([x] * 4, dim=1))
-
-    torch._dynamo.mark_dynamic(x, 1)
-    assert OWN_KERNEL in code_of(repeated, x)
-    assert_same(torch.compile(repeated)(x), magnitude(torch.cat([x] * 4, dim=1)))
-
-
 def test_an_unknown_function_is_refused():
     """Ahead of this the operator's checks refuse it."""
     with pytest.raises(ValueError, match="the lowering has no pruning function 'best'"):
-        count_operations(2, 4, "best", torch.float32)
+        prune_group(2, 4, "best", torch.float32, lambda index: None, None, None, [])
 
 
 def test_nothing_to_prune():
