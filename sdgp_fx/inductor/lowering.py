@@ -135,10 +135,11 @@ def _wait_for_weight_grads(pruned: ir.TensorBox, grad_output: fx.Node) -> None:
     file, and compiling the files is most of what compiling takes. In the order of the graph
     without the pass, where both gradients are one call, there are as many as there.
     """
+    assert isinstance(pruned.data, ir.StorageBox)
+    names = V.graph.additional_buffer_deps[pruned.data.data.get_operation_name()]
     for user in grad_output.users:
         if user.target is torch.ops.aten.convolution_backward.default:
             lowered = [V.graph.env[grad] for grad in user.users if grad in V.graph.env]
-            names = V.graph.additional_buffer_deps[pruned.data.data.get_operation_name()]
             names.update(grad.get_name() for grad in lowered)
 
 

@@ -48,21 +48,28 @@ struct InPlace : Pruning<M, 0> {
     }
   }
 
-  // Prune a group.
+  // Scale and round what is kept, and clear the rest.
+  void finish(const Ints* keep, Floats* x) const {
+    if (IS_DEFAULT || p.is_by_group()) rescale_by_group(x, keep);
+    for (int i = 0; i < M && !IS_DEFAULT && p.is_bfloat16; i++) x[i] = round_to_bfloat16(x[i]);
+    for (int i = 0; i < M; i++) x[i] = (Floats)((Ints)x[i] & keep[i]);
+  }
+
+  // Prune a group of a tile.
   void prune(const Tile& tile, int64_t channel, Floats* x) const {
     Ints key[M], keep[M];
-    if constexpr (IS_DEFAULT) {
-      for (int i = 0; i < M; i++) key[i] = magnitude_key(x[i]);
-      mask(x, key, keep);
-      rescale_by_group(x, keep);
-    } else {
-      this->make_keys(tile, channel, x, key);
-      mask(x, key, keep);
-      if (p.is_by_group()) rescale_by_group(x, keep);
-      if (p.is_by_wider_scope()) rescale_by_channel(tile, channel, x);
-      for (int i = 0; i < M && p.is_bfloat16; i++) x[i] = round_to_bfloat16(x[i]);
-    }
-    for (int i = 0; i < M; i++) x[i] = (Floats)((Ints)x[i] & keep[i]);
+    this->make_keys(tile, channel, x, key);
+    mask(x, key, keep);
+    if (p.is_by_wider_scope()) rescale_by_channel(tile, channel, x);
+    finish(keep, x);
+  }
+
+  // Prune a group, wherever it is, by magnitude.
+  void prune(Floats* x) const {
+    Ints key[M], keep[M];
+    for (int i = 0; i < M; i++) key[i] = magnitude_key(x[i]);
+    mask(x, key, keep);
+    finish(keep, x);
   }
 };
 
@@ -75,8 +82,63 @@ void prune_tile(const Gradient& p, const float* factors, int64_t first, int64_t 
   for (int64_t begin = 0; begin < p.channels; begin += STEP) {
     int64_t count = std::min(STEP, p.channels - begin);
     from.read(begin, count, x);
-    for (int64_t c = 0; c < count; c += M) pruning.prune(from, begin + c, x + c);
+    for (int64_t c = 0; c < count; c += M) {
+      if constexpr (IS_DEFAULT) pruning.prune(x + c);
+      else pruning.prune(from, begin + c, x + c);
+    }
     to.write(begin, count, x);
+  }
+}
+
+inline Floats even(Floats a, Floats b) {
+#if defined(__AVX512F__)
+  return SHUFFLE(a, b, 0, 2, 16, 18, 4, 6, 20, 22, 8, 10, 24, 26, 12, 14, 28, 30);
+#elif defined(__AVX2__)
+  return SHUFFLE(a, b, 0, 2, 8, 10, 4, 6, 12, 14);
+#else
+  return SHUFFLE(a, b, 0, 2, 4, 6);
+#endif
+}
+
+inline Floats odd(Floats a, Floats b) {
+#if defined(__AVX512F__)
+  return SHUFFLE(a, b, 1, 3, 17, 19, 5, 7, 21, 23, 9, 11, 25, 27, 13, 15, 29, 31);
+#elif defined(__AVX2__)
+  return SHUFFLE(a, b, 1, 3, 9, 11, 5, 7, 13, 15);
+#else
+  return SHUFFLE(a, b, 1, 3, 5, 7);
+#endif
+}
+
+// Transpose blocks of four by four, of four vectors. Twice is nothing.
+inline void transpose_fours(Floats* x) {
+  for (int step = 0; step < 2; step++) {
+    Floats y[] = {even(x[0], x[1]), even(x[2], x[3]), odd(x[0], x[1]), odd(x[2], x[3])};
+    std::copy(y, y + 4, x);
+  }
+}
+
+// Prune memory without gaps, in groups of up to four, by magnitude. It does not matter which lane a
+// group is in, and so much less has to be moved than for a tile.
+template <int M, typename T>
+void prune_fours(const Gradient& p, int64_t numel) {
+  constexpr int64_t VALUES = 4 * LANES, LEAST = 128;
+  const int64_t blocks = ceil_div(numel, VALUES);
+  InPlace<M, false> pruning{{p, 0, nullptr}};
+#pragma omp parallel for schedule(static) num_threads(std::clamp<int64_t>(blocks / LEAST, 1, p.threads))
+  for (int64_t block = 0; block < blocks; block++) {
+    const T* from = static_cast<const T*>(p.grad_output) + block * VALUES;
+    T* to = static_cast<T*>(p.result) + block * VALUES;
+    const int64_t count = std::min(VALUES, numel - block * VALUES);
+    T last[VALUES] = {};
+    Floats x[4];
+    if (count < VALUES) from = std::copy(from, from + count, last) - count;
+    for (int i = 0; i < 4; i++) x[i] = load(from + i * LANES);
+    transpose_fours(x);
+    for (int i = 0; i < 4; i += M) pruning.prune(x + i);
+    transpose_fours(x);
+    for (int i = 0; i < 4; i++) store((count < VALUES ? last : to) + i * LANES, x[i]);
+    if (count < VALUES) std::copy(last, last + count, to);
   }
 }
 
@@ -84,10 +146,21 @@ void prune_tile(const Gradient& p, const float* factors, int64_t first, int64_t 
 struct Kernels {
   decltype(&prune_tile<1, true>) prune_tile, prune_tile_by_default;
   decltype(&sum_sample<1, 0>) sum_sample;
+  decltype(&prune_fours<1, float>) prune_fours = nullptr, prune_fours_of_bfloat16 = nullptr;
 };
 
 template <int M>
-constexpr Kernels KERNELS = {prune_tile<M, false>, prune_tile<M, true>, sum_sample<M, 0>};
+constexpr Kernels make_kernels() {
+  Kernels of_m{prune_tile<M, false>, prune_tile<M, true>, sum_sample<M, 0>};
+  if constexpr (M <= 4) {
+    of_m.prune_fours = prune_fours<M, float>;
+    of_m.prune_fours_of_bfloat16 = prune_fours<M, BFloat16>;
+  }
+  return of_m;
+}
+
+template <int M>
+constexpr Kernels KERNELS = make_kernels<M>();
 
 const Kernels& kernels(int64_t m) {
   switch (m) {
@@ -100,11 +173,10 @@ const Kernels& kernels(int64_t m) {
   }
 }
 
-// The gradient as positions of STEP channels, if it is memory without gaps in which channels are
-// adjacent, and nobody asks which channel of which sample a value is of.
-Gradient flattened(Gradient p) {
-  int64_t numel = p.samples * p.space() * p.channels, stride = p.channels;
-  bool is_flat = !p.is_by_wider_scope() && numel % STEP == 0;
+// Whether gradient and result are memory without gaps in which channels are adjacent.
+bool is_flat(const Gradient& p) {
+  int64_t stride = p.channels;
+  bool is_flat = true;
   auto check = [&](int dim, int64_t size, int64_t expected) {
     is_flat &= size == 1 || (p.grad_strides[dim] == expected && p.result_strides[dim] == expected);
   };
@@ -114,7 +186,12 @@ Gradient flattened(Gradient p) {
     stride *= p.output_size[d];
   }
   check(0, p.samples, stride);
-  if (!is_flat) return p;
+  return is_flat;
+}
+
+// The same memory as positions of STEP channels, where nobody asks which channel of which sample a
+// value is of.
+Gradient flattened(Gradient p, int64_t numel) {
   p.samples = p.output_size[0] = p.output_size[1] = 1;
   p.channels = STEP;
   p.output_size[2] = numel / STEP;
@@ -125,8 +202,7 @@ Gradient flattened(Gradient p) {
 
 constexpr int64_t TILES = 16;  // For each thread at least.
 
-void prune(const Gradient& p) {
-  const Kernels& of_m = kernels(p.m);
+void prune_tiles(const Gradient& p, const Kernels& of_m) {
   const bool is_default = p.is_by_group() && !p.is_bfloat16;
   const auto prune_tile = is_default ? of_m.prune_tile_by_default : of_m.prune_tile;
   const int64_t positions = p.samples * p.space(), tiles = ceil_div(positions, LANES);
@@ -151,7 +227,17 @@ void prune(const Gradient& p) {
   }
 }
 
+void prune(const Gradient& p) {
+  const Kernels& of_m = kernels(p.m);
+  const int64_t numel = p.samples * p.space() * p.channels;
+  const bool can_flatten = is_flat(p) && !p.is_by_wider_scope();
+  const bool is_by_magnitude = p.function == MAGNITUDE || p.function == RESCALED_MAGNITUDE;
+  const auto prune_fours = p.is_bfloat16 ? of_m.prune_fours_of_bfloat16 : of_m.prune_fours;
+  if (can_flatten && is_by_magnitude && prune_fours) prune_fours(p, numel);
+  else prune_tiles(can_flatten && numel % STEP == 0 ? flattened(p, numel) : p, of_m);
+}
+
 }  // namespace
 
 // All sizes are at least 1.
-extern "C" void sdgp_prune_nm(const Gradient* gradient) { prune(flattened(*gradient)); }
+extern "C" void sdgp_prune_nm(const Gradient* gradient) { prune(*gradient); }

@@ -65,8 +65,6 @@ class SparseCost(NamedTuple):
         pair: Per position of grad_output, tap, row and slab: sums are loaded and stored.
         call: Per layer.
         dense_of_matrices: Per multiply-add of a dense product of matrices.
-        prune: Of a dense product whose gradient is pruned: per value of grad_output and per value
-            kept of a group of 8, in loops of Inductor's; of larger groups that much more.
     """
 
     mac: float
@@ -75,7 +73,10 @@ class SparseCost(NamedTuple):
     pair: float
     call: float
     dense_of_matrices: float = 1
-    prune: float = 0
+
+    def pruning(self, config: SDGPConfig) -> float:
+        """Return what it costs per value of grad_output to be pruned and packed."""
+        return self.value + self.choice * config.n
 
 
 # Fitted to times on AMD EPYC with two threads, of python -m benchmarks.products; those of AVX2 on
@@ -84,12 +85,16 @@ class SparseCost(NamedTuple):
 # since elsewhere it may not.
 SPARSE_COST = SparseCost(1.15, 14, 10, 280, 2e6)
 SPARSE_COSTS = {
-    ("AVX512", torch.float32): SparseCost(1.3, 12, 20, 560, 2e6, dense_of_matrices=1.4, prune=20),
+    ("AVX512", torch.float32): SparseCost(1.3, 12, 20, 560, 2e6, dense_of_matrices=1.4),
     ("AVX512", torch.bfloat16): SparseCost(2.2, 30, 45, 2000, 4e6),
 }
 
 # What is saved has to be more than this part of the product.
 MARGIN = 0.08
+
+# The prune ahead of a dense product takes about as long as pruning and packing. In groups of up to
+# 4, whose values are not moved across vectors, it takes this part of it.
+PRUNE_OF_FOURS = 0.5
 
 # Of float32 in a vector of the CPU; vectors of a row of sums, and output channels of a slab, which
 # kernels/sparse/pruned_input_grad.cpp chooses for each layer: about as many as here.
@@ -125,10 +130,10 @@ def is_sparse_faster(layer: Layer, config: SDGPConfig, or_not_pruned: bool = Fal
     macs = layer.macs * config.n / config.m * (vectors * lanes / in_channels)
     rows = -(-vectors // ROW_VECTORS) * -(-out_channels // SLAB_CHANNELS)
     pairs = values // out_channels * math.prod(weight.shape[2:]) * rows
-    least = macs * cost.mac + values * (cost.value + cost.choice * config.n) + pairs * cost.pair
+    least = macs * cost.mac + values * cost.pruning(config) + pairs * cost.pair
     if isinstance(values, int):
         least += cost.call
     dense = layer.macs * (1.0 if len(layer.weight_shape) > 2 else cost.dense_of_matrices)
     if not or_not_pruned:
-        dense += values * cost.prune * config.n * max(1, config.m / 8)
+        dense += values * cost.pruning(config) * (PRUNE_OF_FOURS if config.m <= 4 else 1)
     return statically_known_true(least <= dense * (1 - MARGIN))
