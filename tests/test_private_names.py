@@ -69,28 +69,26 @@ PRIVATE = {
     "torch._inductor.graph": "GraphLowering",
     "torch._inductor.graph.GraphLowering": "_compile_to_module",
     "torch._inductor.ir": (
-        "ComputedBuffer FallbackKernel FixedLayout get_stride_order Loops Pointwise Sort StorageBox"
+        "ComputedBuffer FallbackKernel FixedLayout get_stride_order Sort StorageBox"
     ),
     "torch._inductor.ir.FlexibleLayout": "stride_ordered",
     "torch._inductor.ir.TensorBox": "create",
     "torch._inductor.lowering": "fallback_handler register_lowering",
     "torch._inductor.memory": "estimate_peak_memory prepare_planning_info",
-    "torch._inductor.ops_handler": "DefaultHandler",
     "torch._inductor.runtime.hints.ReductionHint": "OUTER_TINY",
     "torch._inductor.scheduler": (
         "BaseSchedulerNode ExternKernelSchedulerNode NopKernelSchedulerNode"
     ),
     "torch._inductor.scheduler.SchedulerNode": "recompute_size_and_body",
     "torch._inductor.utils": "fresh_cache",
-    "torch._inductor.virtualized.V": "current_node set_ops_handler",
+    "torch._inductor.virtualized.V": "current_node",
     "torch._inductor.virtualized.V.graph": (
         "additional_buffer_deps env name_to_users register_buffer register_operation"
     ),
-    "torch._inductor.virtualized.V.graph.no_fuse_buffer_names": "add",
     "torch._inductor.virtualized.V.graph.sizevars": "shape_env statically_known_equals",
     "torch._inductor.virtualized.ops": (
         "abs add bitwise_and bitwise_or bitwise_right_shift bitwise_xor constant eq ge gt "
-        "identity index_expr logical_and lt maximum minimum mul ne neg reduction store sub "
+        "index_expr logical_and lt maximum minimum mul ne neg reduction store sub "
         "to_dtype to_dtype_bitcast truediv where"
     ),
     "torch._logging": "trace_structured",

@@ -7,7 +7,7 @@
 
 What the input gradient is says `prune_input_grads`; this is how it is computed. The operator
 prunes, packs and multiplies block by block, so that p never goes through memory. A layer whose
-product stays dense keeps its prune, which is fused with what produces gO.
+product stays dense keeps its prune, which on a GPU is fused with what produces gO.
 
 A linear layer is a product of matrices to the operator, too, unless it is rescaled over positions,
 with scope "feature_map". Then it is a convolution with a kernel of size 1.
