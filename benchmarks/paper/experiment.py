@@ -59,8 +59,8 @@ class Setting:
         return {"backend": sdgp, "options": options}
 
     def prune(self, gradient: Tensor) -> Tensor:
-        """Prune a gradient (N, C, *spatial) in eager mode."""
-        if self.config is None:
+        """Prune a gradient (N, C, *spatial) in eager mode, if its channels are whole groups."""
+        if self.config is None or gradient.shape[1] % self.config.m:
             return gradient
         config = self.config
         if config.structure == "channel":

@@ -87,15 +87,15 @@ CHANNELS = (
 )
 WHOLE_CHANNELS = next(s for s in CHANNELS if s.name == "channels 2:4, magnitude")
 
-# Elements, and whole channels, of which gradients are compared.
-SIGNAL = (*BEYOND[1:], WHOLE_CHANNELS)
-
 # Fig. 10's n:m and two with larger groups, whose products save time.
 _FASTER = ((2, 4), (1, 4), (2, 8), (2, 16), (4, 32))
 _MAGNITUDES = tuple(
     Setting(f"magnitude, {n}:{m}", SDGPConfig(n=n, m=m, prune="magnitude")) for n, m in _FASTER
 )
 _RESCALED = tuple(s for s in FIG8 if s.config and (s.config.n, s.config.m) in _FASTER)
+
+# Elements, and whole channels, of which gradients are compared.
+SIGNAL = (*BEYOND[1:], WHOLE_CHANNELS, *_RESCALED[1:])
 
 # Functions and scopes, where fewer values are kept.
 PATTERNS = (

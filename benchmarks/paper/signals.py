@@ -45,6 +45,7 @@ SIGNALS = {
     "pruned": "the layer's gradient, pruned",
     "input": "the input gradient that it leads to",
     "arriving": "what arrives, all layers after it pruned",
+    "shift": "of the bias of the BatchNorm after it, all layers pruned",
 }
 PARTS = 4
 # Of which gradients are compared, at most.
@@ -133,9 +134,11 @@ def measure(
     network = copy.deepcopy(network).train()
     first, *layers = convolutions(network)
     dense = backward(network, images, labels, smoothing)
+    dense_shifts = shift_gradients(network, len(layers))
     rows = []
     for setting in settings:
         arriving = backward(network, images, labels, smoothing, first, setting.prune)
+        shifts = shift_gradients(network, len(layers))
         for place, layer in enumerate(layers, start=2):
             gradient, size = dense[layer]
             pruned = setting.prune(gradient)
@@ -146,6 +149,7 @@ def measure(
                     input_gradient(layer, size, gradient),
                 ),
                 "arriving": (arriving[layer].gradient, gradient),
+                "shift": (shifts[place - 2], dense_shifts[place - 2]),
             }
             values = {name: compare(*pair) for name, pair in compared.items()}
             rows.append({"setting": setting.name, **setting.facts(), "layer": place, **values})
@@ -155,6 +159,13 @@ def measure(
 def convolutions(network: nn.Module) -> list[nn.Conv2d]:
     """List the convolutions in the order of named_modules()."""
     return [module for module in network.modules() if isinstance(module, nn.Conv2d)]
+
+
+def shift_gradients(network: nn.Module, count: int) -> list[Tensor]:
+    """Copy the gradients of the biases of the last BatchNorms, count of them."""
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    gradients = [norm.bias.grad for norm in norms[-count:]]
+    return [gradient.clone() for gradient in gradients if gradient is not None]
 
 
 class Backward(NamedTuple):
@@ -183,7 +194,8 @@ def backward(
         smoothing: Of labels, in the loss.
         keep: A convolution whose gradient is passed on as it is.
         prune: Applied to a gradient after it has arrived at any other convolution. The gradients
-            of weights are then pruned, too; no use is made of them.
+            of weights are then pruned, too; no use is made of them. Those of BatchNorm's
+            parameters are as in training.
     """
     met: dict[nn.Conv2d, Backward] = {}
 
@@ -195,6 +207,7 @@ def backward(
         output.register_hook(arrive)
 
     hooks = [layer.register_forward_hook(watch) for layer in convolutions(network)]
+    network.zero_grad()
     F.cross_entropy(network(images), labels, label_smoothing=smoothing).backward()
     for hook in hooks:
         hook.remove()
@@ -220,9 +233,9 @@ def compare(pruned: Tensor, dense: Tensor) -> dict[str, float]:
 
 
 def averages(rows: Sequence[Row]) -> dict[tuple[str, str], float]:
-    """Return the mean over rows of each measure of each signal."""
+    """Return the mean over rows of each measure of each signal; NaN of what older rows lack."""
     return {
-        (signal, measure): mean([row[signal][measure] for row in rows])
+        (signal, measure): mean([row[signal][measure] for row in rows if signal in row])
         for signal in SIGNALS
         for measure in MEASURES
     }
@@ -249,7 +262,7 @@ def show(rows: Sequence[Row], settings: Sequence[Setting]) -> None:
 
 def draw(rows: Sequence[Row], settings: Sequence[Setting], title: str) -> Figure:
     """Draw each measure over the layers at the end of training, and in the last row over time."""
-    figure = Figure(figsize=(15, 14), dpi=110, layout="constrained")
+    figure = Figure(figsize=(15, 17), dpi=110, layout="constrained")
     entitle(figure, title)
     grid: Any = figure.subplots(len(SIGNALS) + 1, len(MEASURES), squeeze=False)
     last = max(row["epoch"] for row in rows)

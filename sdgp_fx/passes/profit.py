@@ -92,9 +92,10 @@ SPARSE_COSTS = {
 # What is saved has to be more than this part of the product.
 MARGIN = 0.08
 
-# The prune ahead of a dense product takes about as long as pruning and packing. In groups of up to
-# 4, whose values are not moved across vectors, it takes this part of it.
-PRUNE_OF_FOURS = 0.5
+# The prune ahead of a dense product, which reads another tensor for it, takes about as long as
+# pruning and packing. In groups of up to 4, whose values are not moved across vectors, it takes
+# this part of it.
+PRUNE_OF_FOURS = 0.7
 
 # Of float32 in a vector of the CPU; vectors of a row of sums, and output channels of a slab, which
 # kernels/sparse/pruned_input_grad.cpp chooses for each layer: about as many as here.

@@ -280,6 +280,8 @@ def test_arriving_gradients_are_those_of_the_backend():
     signals.backward(eager, inputs, batch.labels, 0.1, first, setting.prune)
     compiled_first, *_ = signals.convolutions(network)
     torch.testing.assert_close(first.weight.grad, compiled_first.weight.grad, rtol=1e-4, atol=1e-6)
+    shifts = signals.shift_gradients(eager, 2), signals.shift_gradients(network, 2)
+    torch.testing.assert_close(*shifts, rtol=1e-4, atol=1e-6)
     # The hooks are gone.
     dense = signals.backward(Deep(), inputs, batch.labels, 0.1)
     eager.zero_grad()
@@ -302,7 +304,7 @@ def test_signals_of_a_layer():
     for row in rows:
         for signal in signals.SIGNALS:
             # Nothing is pruned after the last layer.
-            last = signal == "arriving" and row["layer"] == 3
+            last = signal in ("arriving", "shift") and row["layer"] == 3
             assert (row[signal] == perfect) == (row["setting"] == "dense" or last)
     pruned = rows[0]["pruned"]
     # Keeping the largest values of a gradient is a projection.
