@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -69,10 +69,13 @@ def why_not_compiled() -> str:
     return _compiled()[1]
 
 
-def prune_nm(
-    grad_output: Tensor, seed: Tensor | None, n: int, m: int, prune: str, rescale: str
-) -> Tensor:
-    """Prune a gradient as `reference.prune_nm` does, to the last bit but for wider scopes' sums.
+def prepare(
+    grad_output: Tensor, n: int, m: int, prune: str, rescale: str
+) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """Return a function that prunes gradients of this one's form.
+
+    It does what `reference.prune_nm` does, to the last bit but for wider scopes' sums, and calls no
+    other function of Python's.
 
     Args:
         grad_output: One for which `why_not` has no reason. All strides are read in place.
@@ -80,39 +83,23 @@ def prune_nm(
     Raises:
         ValueError: There is no such pruning function.
     """
-    result = torch.empty_like(grad_output)
     if grad_output.numel() == 0:
+        return lambda grad_output, seed: torch.empty_like(grad_output)
+    prepared, result = Gradient(), torch.empty_like(grad_output)
+    described = grad_output.shape, grad_output.stride(), result.stride(), grad_output.dtype
+    describe(prepared, *described, n, m, prune, rescale)
+    prune_nm = cast(ctypes.CDLL, _compiled()[0]).sdgp_prune_nm
+
+    def compute(grad_output: Tensor, seed: Tensor | None) -> Tensor:
+        result = torch.empty_like(grad_output)
+        fields = Gradient.from_buffer_copy(prepared)
+        fields.grad_output, fields.result = grad_output.data_ptr(), result.data_ptr()
+        fields.threads = torch.get_num_threads()
+        fields.seed = 0 if seed is None else int(seed)
+        prune_nm(ctypes.byref(fields))
         return result
-    fields = Gradient.from_buffer_copy(
-        _described(
-            grad_output.shape,
-            grad_output.stride(),
-            result.stride(),
-            grad_output.dtype,
-            *(n, m, prune, rescale),
-        )
-    )
-    fields.grad_output, fields.result = grad_output.data_ptr(), result.data_ptr()
-    fields.threads = torch.get_num_threads()
-    fields.seed = 0 if seed is None else int(seed)
-    cast(ctypes.CDLL, _compiled()[0]).sdgp_prune_nm(ctypes.byref(fields))
-    return result
 
-
-@functools.lru_cache(maxsize=10_000)
-def _described(
-    size: Sequence[int],
-    strides: Sequence[int],
-    result_strides: Sequence[int],
-    dtype: torch.dtype,
-    n: int,
-    m: int,
-    prune: str,
-    rescale: str,
-) -> Gradient:
-    described = Gradient()
-    describe(described, size, strides, result_strides, dtype, n, m, prune, rescale)
-    return described
+    return compute
 
 
 def describe(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -32,6 +33,12 @@ _LIBRARY.define(
 
 PRUNE_NM = torch.ops.sdgp.prune_nm.default
 
+# What prunes a gradient, by all that does not differ from one step to the next: checking and
+# preparing it once serves all steps. Where sizes differ from step to step there is no end of them.
+Pruner = Callable[[Tensor, Tensor | None], Tensor]
+_prepared: dict[Hashable, Pruner] = {}
+MOST_PREPARED = 10_000
+
 
 def prune_nm(
     grad_output: Tensor,
@@ -59,15 +66,34 @@ def prune_nm(
         ValueError: An argument is not as described here and in `SDGPConfig`.
         RuntimeError: A derivative of the operator would be needed, which it hasn't.
     """
-    check_arguments(grad_output, seed, n, m, prune, rescale, groups)
-    _refuse_derivative(grad_output)
+    # Few functions of Python's, one in the other: where the frames of deeper ones do not fit into
+    # the piece of memory that Python has for them, each call of them gets another from the system.
+    key = (
+        *(grad_output.shape, grad_output.stride(), grad_output.dtype, grad_output.device),
+        None if seed is None else (seed.shape, seed.dtype),
+        *(n, m, prune, rescale, groups),
+    )
+    compute = _prepared.get(key)
+    if compute is None:
+        check_arguments(grad_output, seed, n, m, prune, rescale, groups)
+        compute = _prepare(grad_output, n, m, prune, rescale)
+        if len(_prepared) >= MOST_PREPARED:
+            _prepared.clear()
+        _prepared[key] = compute
+    if grad_output.requires_grad and torch.is_grad_enabled():
+        _refuse_derivative(grad_output)
+    return compute(grad_output, seed)
+
+
+def _prepare(grad_output: Tensor, n: int, m: int, prune: str, rescale: str) -> Pruner:
+    """Return a function of a gradient like this one, and of a seed, that prunes the gradient."""
     if grad_output.is_cuda:
         from . import triton_prune
 
-        return triton_prune.prune_nm(grad_output, seed, n, m, prune, rescale)
+        return lambda g, seed: triton_prune.prune_nm(g, seed, n, m, prune, rescale)
     if grad_output.is_cpu and not cpp_prune.why_not(grad_output.dtype, grad_output.dim(), prune):
-        return cpp_prune.prune_nm(grad_output, seed, n, m, prune, rescale)
-    return reference.prune_nm(grad_output, seed, n, m, prune, rescale)
+        return cpp_prune.prepare(grad_output, n, m, prune, rescale)
+    return lambda g, seed: reference.prune_nm(g, seed, n, m, prune, rescale)
 
 
 _LIBRARY.impl("prune_nm", prune_nm, "CompositeExplicitAutograd")

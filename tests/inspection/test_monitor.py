@@ -10,7 +10,7 @@ from torch import nn
 import sdgp_fx
 from sdgp_fx import SDGPConfig, backend, graph_pass
 from sdgp_fx.inspection.monitor import STATISTICS
-from sdgp_fx.kernels import cpp_prune, reference
+from sdgp_fx.kernels import op, reference
 from sdgp_fx.kernels.record import RECORD, STEP
 from sdgp_fx.passes.statistics import record_statistics
 
@@ -63,20 +63,20 @@ def train(network, model, steps, x=images):
 @pytest.fixture
 def pruned(monkeypatch):
     """Record every (dense, pruned) pair that the operator's kernel saw."""
-    seen = []
+    seen, prepare = [], op._prepare
 
-    def spy_on(kernel):
-        prune_nm = kernel.prune_nm
+    def spy_on(*arguments):
+        compute = prepare(*arguments)
 
-        def spy(grad_output, *settings):
-            result = prune_nm(grad_output, *settings)
+        def spy(grad_output, seed):
+            result = compute(grad_output, seed)
             seen.append((grad_output, result))
             return result
 
-        monkeypatch.setattr(kernel, "prune_nm", spy)
+        return spy
 
-    spy_on(cpp_prune)
-    spy_on(reference)
+    monkeypatch.setattr(op, "_prepare", spy_on)
+    monkeypatch.setattr(op, "_prepared", {})
     return seen
 
 

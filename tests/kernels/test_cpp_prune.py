@@ -16,7 +16,7 @@ SEED = torch.tensor([2**40 + 7])
 
 def assert_is_the_reference(x, n, m, prune, rescale):
     expected = reference.prune_nm(x, SEED, n, m, prune, rescale)
-    pruned = cpp_prune.prune_nm(x, SEED, n, m, prune, rescale)
+    pruned = cpp_prune.prepare(x, n, m, prune, rescale)(x, SEED)
     is_wide = prune == "rescaled_magnitude" and rescale != "group"
     tolerance = reference.TOLERANCES[x.dtype]
     rtol, atol = (tolerance.rtol, tolerance.atol) if is_wide else (0, 0)
@@ -70,4 +70,4 @@ def test_what_is_not_covered_has_a_reason():
 
 def test_an_unknown_function_is_refused():
     with pytest.raises(ValueError, match="have no pruning function 'best'"):
-        cpp_prune.prune_nm(torch.randn(1, 8, 3), None, 2, 4, "best", "group")
+        cpp_prune.prepare(torch.randn(1, 8, 3), 2, 4, "best", "group")

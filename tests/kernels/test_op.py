@@ -1,5 +1,8 @@
 """Test the operators sdgp::prune_nm and sdgp::channel_factor, and the function for users."""
 
+import weakref
+from unittest import mock
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -108,6 +111,27 @@ def test_bad_arguments_are_refused(arguments, words):
         prune_nm(x, **arguments)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, pytest.raises(ValueError, match=words):
         prune_nm(mode.from_tensor(x), **arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_calls_of_one_form(dtype):
+    """Checked and prepared once, they have their own values and seeds, and keep neither."""
+    for number in (1, 2):
+        x, seed = torch.randn(2, 8, 7, dtype=dtype), torch.tensor([number])
+        expected = reference.prune_nm(x, seed, 2, 4, "random", "group")
+        assert torch.equal(prune_nm(x, prune="random", seed=seed), expected)
+    kept = weakref.ref(x)
+    del x
+    assert kept() is None
+    with pytest.raises(ValueError, match="seed: expected one int64"):
+        prune_nm(torch.randn(2, 8, 7, dtype=dtype), prune="random", seed=None)
+
+
+def test_forms_of_gradients_without_end():
+    for length in range(1, 40):
+        with mock.patch.object(op, "MOST_PREPARED", 8):
+            assert prune_nm(torch.randn(1, 8, length)).shape == (1, 8, length)
+    assert len(op._prepared) <= 8
 
 
 def test_bad_gradients_are_refused():

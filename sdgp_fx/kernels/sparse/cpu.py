@@ -46,10 +46,11 @@ def why_not_compiled() -> str:
     return _compiled()[1]
 
 
-def prepare(problem: Problem) -> Callable[[Problem], Tensor]:
-    """Return a function that computes the input gradients of problems with the same `key_of`.
+def prepare(problem: Problem) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+    """Return a function that computes problems of this one's form from their tensors.
 
-    In a network of small layers what is done here would take longer than the products.
+    In a network of small layers what is done here would take longer than the products. The function
+    calls hardly any other of Python's, for the reason given in ..op.
 
     Args:
         problem: Checked; of one of DTYPES, with no size of 0. All strides are read in place.
@@ -63,17 +64,20 @@ def prepare(problem: Problem) -> Callable[[Problem], Tensor]:
     result = empty_result(problem)
     size, strides, prepared = result.shape, result.stride(), _describe(problem, result)
 
-    def compute(problem: Problem) -> Tensor:
-        grad_output, weight, seed = problem[:3]
+    library = cast(ctypes.CDLL, _compiled()[0])
+    workspace_bytes = library.sdgp_workspace_bytes
+    pruned_input_grad = library.sdgp_pruned_input_grad
+
+    def compute(grad_output: Tensor, weight: Tensor, seed: Tensor | None) -> Tensor:
         result = grad_output.new_empty_strided(size, strides)
         fields = _Problem.from_buffer_copy(prepared)
         fields.grad_output, fields.weight = grad_output.data_ptr(), weight.data_ptr()
         fields.result = result.data_ptr()
         fields.threads = torch.get_num_threads()
         fields.seed = 0 if seed is None else int(seed)
-        library, reference = cast(ctypes.CDLL, _compiled()[0]), ctypes.byref(fields)
-        workspace = _workspace(library.sdgp_workspace_bytes(reference))
-        library.sdgp_pruned_input_grad(reference, ctypes.c_void_p(workspace.data_ptr()))
+        reference = ctypes.byref(fields)
+        workspace = _workspace(workspace_bytes(reference))
+        pruned_input_grad(reference, ctypes.c_void_p(workspace.data_ptr()))
         return result
 
     return compute

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..op import MOST_PREPARED
 from . import cpu, cuda, packed
-from .problem import Problem, check, check_sizes, empty_result, key_of
+from .problem import Problem, check, check_sizes, empty_result
 
 
 def why_not_sparse(problem: Problem) -> str:
@@ -52,17 +53,18 @@ _LIBRARY.define("pruned_input_grad" + _SCHEMA, tags=(torch.Tag.pt2_compliant_tag
 
 PRUNED_INPUT_GRAD = torch.ops.sdgp.pruned_input_grad.default
 
-# What computes a problem, by `key_of`: checking and preparing it once serves all steps. Where sizes
-# differ from step to step there is no end of them.
-_prepared: dict[Hashable, Callable[[Problem], Tensor]] = {}
-MOST_PREPARED = 10_000
+# What computes a problem, by all of it but its tensors' values and addresses, as in ..op.
+Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+_prepared: dict[Hashable, Product] = {}
 
 
-def pruned_input_grad(*arguments: Any) -> Tensor:
+def pruned_input_grad(
+    grad_output: Tensor, weight: Tensor, seed: Tensor | None, *settings: Any
+) -> Tensor:
     """Compute the input gradient of a convolution from its output gradient, pruned n:m.
 
     Args:
-        arguments: Those of `Problem`.
+        grad_output, weight, seed, settings: Those of `Problem`.
 
     Returns:
         What aten.convolution_backward gives for `sdgp::prune_nm` of grad_output, up to rounding.
@@ -73,30 +75,46 @@ def pruned_input_grad(*arguments: Any) -> Tensor:
         ValueError: An argument is not as described there and in `SDGPConfig`.
         RuntimeError: A derivative of the operator would be needed, which it hasn't.
     """
-    problem = Problem(*arguments)
-    tensors = problem.grad_output, problem.weight
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+    if torch.is_grad_enabled() and (grad_output.requires_grad or weight.requires_grad):
         raise RuntimeError("sdgp::pruned_input_grad has no derivative")
-    key = key_of(problem)
+    # As few functions of Python's as in prune_nm.
+    key = (
+        *(grad_output.shape, grad_output.stride(), grad_output.dtype, grad_output.device),
+        *(weight.shape, weight.stride(), weight.dtype, weight.device),
+        None if seed is None else (seed.shape, seed.dtype),
+        *settings[:4],
+        *map(tuple, settings[4:8]),
+        *settings[8:],
+    )
     compute = _prepared.get(key)
     if compute is None:
+        compute = _prepare(Problem(grad_output, weight, seed, *settings))
         if len(_prepared) >= MOST_PREPARED:
             _prepared.clear()
-        compute = _prepared[key] = _prepare(problem)
-    return compute(problem)
+        _prepared[key] = compute
+    return compute(grad_output, weight, seed)
 
 
-def _prepare(problem: Problem) -> Callable[[Problem], Tensor]:
-    """Check a problem; return a function that computes it, and others with its `key_of`."""
+def _prepare(problem: Problem) -> Product:
+    """Check a problem; return a function of its tensors that computes it."""
     check(problem)
+    compute: Callable[[Problem], Tensor]
     if why_not_sparse(problem):
-        return _dense
-    check_sizes(problem)
-    if 0 in (*problem.grad_output.shape, *problem.weight.shape, *problem.input_size):
-        return lambda problem: empty_result(problem).zero_()
-    if problem.grad_output.is_cuda:
-        return cuda.pruned_input_grad
-    return cpu.prepare(problem)
+        compute = _dense
+    else:
+        check_sizes(problem)
+        if 0 in (*problem.grad_output.shape, *problem.weight.shape, *problem.input_size):
+            compute = _zeros
+        elif problem.grad_output.is_cpu:
+            return cpu.prepare(problem)
+        else:
+            compute = cuda.pruned_input_grad
+    settings = problem[3:]  # Without the tensors, which would never be freed.
+
+    def of_tensors(grad_output: Tensor, weight: Tensor, seed: Tensor | None) -> Tensor:
+        return compute(Problem(grad_output, weight, seed, *settings))
+
+    return of_tensors
 
 
 _LIBRARY.impl("pruned_input_grad", pruned_input_grad, "CompositeExplicitAutograd")
@@ -107,6 +125,10 @@ def _(*arguments: Any) -> Tensor:
     problem = Problem(*arguments)
     check(problem)
     return empty_result(problem)
+
+
+def _zeros(problem: Problem) -> Tensor:
+    return empty_result(problem).zero_()
 
 
 def _dense(problem: Problem) -> Tensor:

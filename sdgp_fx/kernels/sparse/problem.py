@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -39,18 +39,6 @@ class Problem(NamedTuple):
     dilation: Sequence[int]
     transposed: bool
     groups: int
-
-
-def key_of(problem: Problem) -> Hashable:
-    """Identify a problem up to the values and addresses of its tensors."""
-    grad_output, weight, seed = problem[:3]
-    return (
-        *((t.shape, t.stride(), t.dtype, t.device) for t in (grad_output, weight)),
-        None if seed is None else (seed.shape, seed.dtype, seed.device),
-        *problem[3:7],
-        *map(tuple, problem[7:11]),
-        *problem[11:],
-    )
 
 
 def is_matrix(problem: Problem) -> bool:

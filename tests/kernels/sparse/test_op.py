@@ -1,5 +1,7 @@
 """Test the operator sdgp::pruned_input_grad: arguments, strides, and what is multiplied densely."""
 
+import weakref
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -84,6 +86,17 @@ def test_calls_of_one_form_have_their_own_tensors_and_seeds():
         torch.testing.assert_close(result, case.input_grad(pruned).float(), rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="seed: expected one int64"):
         op.PRUNED_INPUT_GRAD(*case.arguments(2, 4, "random", seed=torch.tensor([1.0])))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_tensors_of_a_call_are_not_kept(dtype):
+    case = make_case(6, 16, (3, 3), (7, 7), dtype=dtype)
+    grad_output, weight, *settings = case.arguments()
+    tensors = [grad_output.clone(), weight.clone()]
+    references = [weakref.ref(tensor) for tensor in tensors]
+    op.PRUNED_INPUT_GRAD(*tensors, *settings)
+    del tensors
+    assert [reference() for reference in references] == [None, None]
 
 
 def test_there_is_no_derivative():
