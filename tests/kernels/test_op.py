@@ -10,6 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import sdgp_fx
 from sdgp_fx.kernels import op, reference
 
+from ..helpers.frames import deepest
+
 FUNCTIONS = ["random", "magnitude", "rescaled_magnitude", "mvue"]
 SEED = torch.tensor([42])
 
@@ -125,6 +127,14 @@ def test_calls_of_one_form(dtype):
     assert kept() is None
     with pytest.raises(ValueError, match="seed: expected one int64"):
         prune_nm(torch.randn(2, 8, 7, dtype=dtype), prune="random", seed=None)
+
+
+def test_a_call_goes_through_few_frames():
+    """The operator's own call, the kernel, and what was prepared; see the kernel's comment."""
+    x = torch.randn(2, 8, 7)
+    assert deepest(lambda: prune_nm(x)) > 4
+    function = torch.ops.sdgp.prune_nm.default
+    assert deepest(lambda: function(x, SEED, 2, 4, "magnitude", "group", 1)) <= 4
 
 
 def test_forms_of_gradients_without_end():

@@ -89,12 +89,12 @@ def _workspace(size: int) -> Tensor:
     Memory that is freed may go back to the system, which clears every page of the next call's. That
     took as long as the product of some layers.
     """
-    workspace = getattr(_of_thread, "workspace", None)
-    if workspace is None or len(workspace) < size:
+    workspace: Tensor | None = getattr(_of_thread, "workspace", None)
+    if workspace is None or workspace.nbytes < size:
         workspace = torch.empty(size, dtype=torch.uint8)
         if size <= KEPT_BYTES:
             _of_thread.workspace = workspace
-    return cast(Tensor, workspace)
+    return workspace
 
 
 def _describe(problem: Problem, result: Tensor) -> _Problem:

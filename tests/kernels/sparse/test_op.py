@@ -11,6 +11,7 @@ from sdgp_fx.kernels import reference
 from sdgp_fx.kernels.sparse import op
 from sdgp_fx.kernels.sparse.problem import Problem
 
+from ...helpers.frames import deepest
 from ...helpers.input_grads import SEED, channels_last, make_case
 
 LAYERS = {
@@ -86,6 +87,13 @@ def test_calls_of_one_form_have_their_own_tensors_and_seeds():
         torch.testing.assert_close(result, case.input_grad(pruned).float(), rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="seed: expected one int64"):
         op.PRUNED_INPUT_GRAD(*case.arguments(2, 4, "random", seed=torch.tensor([1.0])))
+
+
+def test_a_call_goes_through_few_frames():
+    """The operator's own call, the kernel, what was prepared, and the search for a workspace."""
+    arguments = make_case(6, 16, (3, 3), (7, 5)).arguments()
+    op.PRUNED_INPUT_GRAD(*arguments)
+    assert deepest(lambda: op.PRUNED_INPUT_GRAD(*arguments)) <= 5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
