@@ -45,7 +45,7 @@ SIGNALS = {
     "pruned": "the layer's gradient, pruned",
     "input": "the input gradient that it leads to",
     "arriving": "what arrives, all layers after it pruned",
-    "shift": "of the bias of the BatchNorm after it, all layers pruned",
+    "shift": "of BatchNorm's bias after it, all layers pruned",
 }
 PARTS = 4
 # Of which gradients are compared, at most.
@@ -270,14 +270,16 @@ def draw(rows: Sequence[Row], settings: Sequence[Setting], title: str) -> Figure
     panels = [(signal, "layer", at_end) for signal in SIGNALS] + [("pruned", "epoch", rows)]
     for line, (signal, key, chosen) in zip(grid, panels, strict=True):
         for axes, (measure, formula) in zip(line, MEASURES.items(), strict=True):
-            for setting in settings:
+            for i, setting in enumerate(settings):
                 own = runs_of(chosen, setting)
                 places = sorted({row[key] for row in own})
                 means = [
                     averages([row for row in own if row[key] == place])[signal, measure]
                     for place in places
                 ]
-                axes.plot(places, means, marker=".", label=setting.name)
+                # There are ten colours.
+                style = "-" if i < 10 else "--"
+                axes.plot(places, means, style, marker=".", label=setting.name)
             where = "after the last epoch" if key == "layer" else "mean of the layers"
             axes.set_title(f"{SIGNALS[signal]}, {where}", fontsize=9)
             axes.set_ylabel(formula)
