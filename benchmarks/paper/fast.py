@@ -45,7 +45,7 @@ class FastRecipe:
         dtype: Of autocast; float32 is without.
         compiler: "inductor" or "aot_eager", of the dense network and inside of sdgp.
         curve: Test after every epoch and not only at the end.
-        bias_scale: By how much the rate of BatchNorm's biases is above that of the weights.
+        bias_scale: The learning rate of BatchNorm's biases, in multiples of the weights'.
     """
 
     epochs: float = EPOCHS

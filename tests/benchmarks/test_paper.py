@@ -1,5 +1,6 @@
 """Test `python -m benchmarks.paper`: the recipe's parts, runs that are done once, the command."""
 
+import contextlib
 import json
 import math
 from dataclasses import replace
@@ -420,6 +421,16 @@ def test_runs_in_the_repository_are_of_these_settings():
     for setting in in_float32((*TABLE1, *BEYOND, *CHANNELS)):
         assert len(experiment.runs_of(report.rows, setting)) == 3
     assert len(report.rows) == len(stored["rows"])
+
+
+def test_older_files_of_the_fast_recipe_have_its_rate_of_biases():
+    path = Path(__file__).parents[2] / "benchmarks" / "results" / "paper" / "fast_h200.json"
+    facts = json.loads(path.read_text())["settings"]
+    assert "bias_scale" not in facts
+    for scale, matches in ((64, True), (1.0, False)):
+        refused = pytest.raises(ValueError, match="expected a new file")
+        with contextlib.nullcontext() if matches else refused:
+            experiment.resume("paper", {**facts, "bias_scale": scale}, torch.device("cpu"), path)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Test the fast recipe of `benchmarks.paper`: its parts by hand, and that runs repeat."""
 
+import dataclasses
 import json
 import math
 import re
@@ -193,6 +194,9 @@ def test_optimizer():
     for group in (whitening, weights, biases):  # Decay doesn't depend on how fast a group learns.
         decay = 0.0153 * TINY.batch / 1024 / (1 + 1 / (1 - 0.85))
         assert group["lr"] * group["weight_decay"] == pytest.approx(decay)
+    recipe = dataclasses.replace(TINY, bias_scale=1.0)
+    _, weights, biases = fast.make_optimizer(network, recipe).param_groups
+    assert biases["lr"] == weights["lr"]
     trained = len([p for p in network.parameters() if p.requires_grad])
     assert sum(len(g["params"]) for g in (whitening, weights, biases)) == trained
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from sdgp_fx.config import PRUNING_FUNCTIONS
 from sdgp_fx.kernels import cpp_prune, reference
 
-from ..helpers import strategies
+from ..helpers import by_hand, strategies
 from ..helpers.input_grads import channels_last
 
 SEED = torch.tensor([2**40 + 7])
@@ -50,6 +50,27 @@ def test_large_gradients_by_several_threads(m, dtype, nan_filled_empty):
             assert_is_the_reference(channels_last(x), m // 2, m, prune, "group")
         assert_is_the_reference(x, 1, m, "rescaled_magnitude", "group")
         assert_is_the_reference(channels_last(x), 1, m, "rescaled_magnitude", "feature_map")
+
+
+@pytest.mark.parametrize("dtype", cpp_prune.DTYPES)
+def test_selection_of_neighbouring_and_equal_values(dtype):
+    """All groups of four, and some of eight, of a few values that are hard to tell apart."""
+    info = torch.finfo(dtype)
+    values = [0.0, -0.0, info.tiny * info.eps, 1.0, -1 - info.eps, float("inf"), float("nan")]
+    fours = torch.cartesian_prod(*[torch.tensor(values, dtype=dtype)] * 4)
+    eights = torch.cat([fours, fours[torch.randperm(len(fours))]], 1)
+    for m, groups, ns in ((4, fours, (1, 2, 3)), (8, eights, (3, 4, 6))):
+        for n in ns:
+            assert_is_the_reference(groups.unsqueeze(-1), n, m, "magnitude", "group")
+
+
+def test_mvue_at_the_ends_of_the_random_numbers():
+    """Where rounding could keep one more or less than n."""
+    for number in (by_hand.SMALLEST_UNIFORM, by_hand.LARGEST_UNIFORM):
+        for x in torch.randn(40, 8).exp():
+            x, seed = x.view(1, 8, 1), torch.tensor([number])
+            pruned = cpp_prune.prepare(x, 3, 8, "mvue", "group")(x, seed)
+            assert torch.equal(pruned, reference.prune_nm(x, seed, 3, 8, "mvue", "group"))
 
 
 def test_a_gradient_with_gaps_is_not_taken_flat(nan_filled_empty):
