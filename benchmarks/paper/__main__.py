@@ -132,7 +132,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_list("--only", "only", (), "a setting, of all that there are", metavar="NAME")
     bias = "fast: how many times as fast as weights BatchNorm's biases learn: 64"
     add("--bias-scale", type=positive(float), help=bias)
-    add("--curve", action="store_true", help="fast: test after every epoch")
+    curve = f"fast: test on {fast.CURVE_IMAGES} images after every epoch, on all after the last"
+    add("--curve", action="store_true", help=curve)
     add("--minutes", type=positive(float), default=math.inf, help="no run is begun later")
     add("--fraction", type=share, default=1.0, help="of the training images (%(default)s)")
     add("--test-fraction", type=share, default=1.0, help="of the test images (%(default)s)")
