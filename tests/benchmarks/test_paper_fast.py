@@ -118,6 +118,23 @@ def test_a_seed_gives_one_run_whatever_was_run_before():
     assert not all(map(torch.equal, same.values(), first.values()))
 
 
+def test_a_curve_is_of_the_first_images_and_its_end_of_all(monkeypatch):
+    """The network is one that knows the first four images, and takes all others for class 0."""
+    monkeypatch.setattr(fast, "CURVE_IMAGES", 4)
+    trainer = make_trainer()
+    truth = trainer.test.labels[:4]
+
+    def logits(images):
+        right = F.one_hot(torch.cat([truth, torch.zeros(len(images) - 4).long()]), 10)
+        return right.float()
+
+    monkeypatch.setattr(trainer, "_logits", logits)
+    run = trainer.run(0)
+    # The four, and one of class 0.
+    assert run.accuracies == [1.0, 5 / 20]
+    assert run.fresh_accuracy == 5 / 20
+
+
 def test_the_last_steps_dense(monkeypatch):
     """The last of three steps is dense where a third of them is."""
     trainer = make_trainer(setting=replace(RANDOM, dense_last=1 / 3))
@@ -132,7 +149,7 @@ def test_the_last_steps_dense(monkeypatch):
 
     monkeypatch.setattr(trainer, "_pruned", loss("pruned"))
     monkeypatch.setattr(trainer, "_dense", loss("dense"))
-    monkeypatch.setattr(trainer, "_accuracy", lambda: 0.5)
+    monkeypatch.setattr(trainer, "_accuracy", lambda count: 0.5)
     trainer.run(0)
     assert steps == ["pruned", "pruned", "dense"]
 
