@@ -76,7 +76,7 @@ EXPERIMENTS = {
     ),
     "patterns": Experiment(
         "not in the paper: magnitude, and the rescaled one by group and by feature map, "
-        "from 2:4 to 4:32",
+        "from 2:4 to 4:32, and with dense gradients at the end",
         settings.PATTERNS,
         pictures.draw_accuracies,
     ),

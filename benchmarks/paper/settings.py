@@ -97,7 +97,7 @@ _RESCALED = tuple(s for s in FIG8 if s.config and (s.config.n, s.config.m) in _F
 # Elements, and whole channels, of which gradients are compared.
 SIGNAL = (*BEYOND[1:], WHOLE_CHANNELS, *_RESCALED[1:])
 
-# Functions and scopes, where fewer values are kept.
+# Functions and scopes, where fewer values are kept, and gradients that are dense at the end.
 PATTERNS = (
     DENSE,
     *_MAGNITUDES,
@@ -108,6 +108,14 @@ PATTERNS = (
             SDGPConfig(n=n, m=m, prune=RESCALED, rescale="feature_map"),
         )
         for n, m in _FASTER
+    ),
+    *(
+        Setting(
+            f"{n}:{m}, last fifth dense",
+            SDGPConfig(n=n, m=m, prune=RESCALED),
+            dense_last=0.2,
+        )
+        for n, m in ((1, 4), (2, 8))
     ),
 )
 
