@@ -90,34 +90,6 @@ void prune_tile(const Gradient& p, const float* factors, int64_t first, int64_t 
   }
 }
 
-inline Floats even(Floats a, Floats b) {
-#if defined(__AVX512F__)
-  return SHUFFLE(a, b, 0, 2, 16, 18, 4, 6, 20, 22, 8, 10, 24, 26, 12, 14, 28, 30);
-#elif defined(__AVX2__)
-  return SHUFFLE(a, b, 0, 2, 8, 10, 4, 6, 12, 14);
-#else
-  return SHUFFLE(a, b, 0, 2, 4, 6);
-#endif
-}
-
-inline Floats odd(Floats a, Floats b) {
-#if defined(__AVX512F__)
-  return SHUFFLE(a, b, 1, 3, 17, 19, 5, 7, 21, 23, 9, 11, 25, 27, 13, 15, 29, 31);
-#elif defined(__AVX2__)
-  return SHUFFLE(a, b, 1, 3, 9, 11, 5, 7, 13, 15);
-#else
-  return SHUFFLE(a, b, 1, 3, 5, 7);
-#endif
-}
-
-// Transpose blocks of four by four, of four vectors. Twice is nothing.
-inline void transpose_fours(Floats* x) {
-  for (int step = 0; step < 2; step++) {
-    Floats y[] = {even(x[0], x[1]), even(x[2], x[3]), odd(x[0], x[1]), odd(x[2], x[3])};
-    std::copy(y, y + 4, x);
-  }
-}
-
 // Prune memory without gaps, in groups of up to four, by magnitude. It does not matter which lane a
 // group is in, and so much less has to be moved than for a tile.
 template <int M, typename T>

@@ -163,6 +163,34 @@ inline void transpose(Floats* x) {
 
 #endif
 
+inline Floats even(Floats a, Floats b) {
+#if defined(__AVX512F__)
+  return SHUFFLE(a, b, 0, 2, 16, 18, 4, 6, 20, 22, 8, 10, 24, 26, 12, 14, 28, 30);
+#elif defined(__AVX2__)
+  return SHUFFLE(a, b, 0, 2, 8, 10, 4, 6, 12, 14);
+#else
+  return SHUFFLE(a, b, 0, 2, 4, 6);
+#endif
+}
+
+inline Floats odd(Floats a, Floats b) {
+#if defined(__AVX512F__)
+  return SHUFFLE(a, b, 1, 3, 17, 19, 5, 7, 21, 23, 9, 11, 25, 27, 13, 15, 29, 31);
+#elif defined(__AVX2__)
+  return SHUFFLE(a, b, 1, 3, 9, 11, 5, 7, 13, 15);
+#else
+  return SHUFFLE(a, b, 1, 3, 5, 7);
+#endif
+}
+
+// Transpose blocks of four by four, of four vectors. Twice is nothing.
+inline void transpose_fours(Floats* x) {
+  for (int step = 0; step < 2; step++) {
+    Floats y[] = {even(x[0], x[1]), even(x[2], x[3]), odd(x[0], x[1]), odd(x[2], x[3])};
+    std::copy(y, y + 4, x);
+  }
+}
+
 // The gradient: the struct of cpp_prune.py, field by field. Sizes of space have three dimensions, of
 // which leading ones are 1.
 
@@ -310,8 +338,8 @@ struct Tile {
 
 // What is larger is kept first: |x|, then infinity, and then NaN, all of them alike.
 inline Ints magnitude_key(Floats x) {
-  Ints bits = (Ints)x & 0x7FFFFFFF;
-  return bits < 0x7F800001 ? bits : Ints{} + 0x7F800001;
+  Ints bits = (Ints)x & 0x7FFFFFFF, nan = Ints{} + 0x7F800001;
+  return bits < nan ? bits : nan;
 }
 
 // Four words of 32 random bits for each index, by Philox 4x32-10.
@@ -421,19 +449,29 @@ struct Pruning {
   template <typename Keep>
   void choose(const Floats* value, Ints* key, Ints place, int width, bool mark, Keep keep) const {
     for (int k = 0; k < n(); k++) {
-      Ints largest = key[0], found = place, at = place;
-      Floats kept = value[0];
-      for (int i = 1; i < M; i++) {
-        Ints larger = key[i] > largest;
-        at += width;
-        largest = larger ? key[i] : largest;
-        kept = larger ? value[i] : kept;
-        found = larger ? at : found;
+      // By a tree, and then a look for the first of them: little waits for what is before it.
+      Ints most[M];
+#pragma GCC unroll 32
+      for (int i = 0; i < M; i++) most[i] = key[i];
+#pragma GCC unroll 8
+      for (int step = 1; step < M; step *= 2) {
+#pragma GCC unroll 32
+        for (int i = 0; i + step < M; i += 2 * step) {
+          most[i] = most[i] > most[i + step] ? most[i] : most[i + step];
+        }
       }
-      keep(k, kept, found);
+      Ints found = Ints{} + (M - 1);
+      Floats kept = value[M - 1];
+#pragma GCC unroll 32
+      for (int i = M - 2; i >= 0; i--) {
+        Ints is_largest = key[i] == most[0];
+        kept = is_largest ? value[i] : kept;
+        found = is_largest ? Ints{} + i : found;
+      }
+      keep(k, kept, place + found * width);
       if (k + 1 == n() && !mark) return;
-      at = place;
-      for (int i = 0; i < M; i++, at += width) key[i] |= found == at;  // -1, below every key.
+#pragma GCC unroll 32
+      for (int i = 0; i < M; i++) key[i] |= found == i;  // -1, below every key.
     }
   }
 

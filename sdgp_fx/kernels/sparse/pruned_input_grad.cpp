@@ -174,13 +174,13 @@ struct Packing : Pruning<M, N> {
   using Base::n, Base::p;
 
   // Fill the n slots of a group from this one on. If it is rescaled, add up |x| and the kept |x|.
-  void pack(Floats* x, const Tile& tile, int64_t channel, int place, int row_bytes, int64_t slot,
+  void pack(Floats* x, const Tile& tile, int64_t channel, Ints place, int row_bytes, int64_t slot,
             Slots& slots, Floats& total, Floats& kept) const {
     Ints key[M];
     this->make_keys(tile, channel, x, key);
     // The sum of two does not depend on their order.
     bool mark = p.is_by_group() && n() > 2;
-    this->choose(x, key, Ints{} + place, row_bytes, mark, [&](int k, Floats value, Ints found) {
+    this->choose(x, key, place, row_bytes, mark, [&](int k, Floats value, Ints found) {
       slots.value[slot + k] = value;
       slots.place[slot + k] = (Floats)found;
     });
@@ -199,7 +199,7 @@ struct Packing : Pruning<M, N> {
   }
 
   // Rescale and round what fills the slots of a group.
-  void finish(const Tile& tile, int64_t channel, int place, int row_bytes, int64_t slot,
+  void finish(const Tile& tile, int64_t channel, Ints place, int row_bytes, int64_t slot,
               Slots& slots, Floats total, Floats kept) const {
     Floats* value = slots.value + slot;
     if (p.is_by_group()) {
@@ -223,7 +223,7 @@ struct Packing : Pruning<M, N> {
 
 // Make one slot of the two of four channels, whose places are their numbers; the one's is that of
 // the pair's row.
-inline void join(const Slots& two, int64_t from, int place, int row_bytes, int64_t to, Slots& one) {
+inline void join(const Slots& two, int64_t from, Ints place, int row_bytes, int64_t to, Slots& one) {
   Words value[2] = {(Words)two.value[from], (Words)two.value[from + 1]};
   Ints at[2] = {(Ints)two.place[from] - place, (Ints)two.place[from + 1] - place};
   Ints is_first_upper = at[0] > at[1];
@@ -254,7 +254,7 @@ void pack_tile(const Problem& p, const Plan& plan, const float* factors, int64_t
   Packing<M, N> pruning{p, p.channels / M, factors};
   Tile tile(p, p.grad_strides, first, end);
   Floats x[STEP], total[STEP / M], kept[STEP / M];
-  int place[STEP / M];
+  Ints place[STEP / M];
   int64_t of_group = 0, of_slab = 0;  // Channels before this one.
   constexpr bool MAY_PAIR = HAS_PAIRS && M == 4 && N == 2;
   bool in_pairs = MAY_PAIR && plan.in_pairs;
@@ -274,7 +274,7 @@ void pack_tile(const Problem& p, const Plan& plan, const float* factors, int64_t
     tile.read(begin, count * M, x);
     // One step for all groups after the other, since a step has to wait for the one before.
     for (int64_t i = 0; i < count; i++) {
-      place[i] = of_slab / M * plan.group_rows * row_bytes;
+      place[i] = Ints{} + int(of_slab / M * plan.group_rows * row_bytes);
       pruning.pack(x + i * M, tile, begin + i * M, place[i], step_bytes,
                    first_slot + i * pruning.n(), to, total[i], kept[i]);
       of_group += M, of_slab += M;
@@ -296,6 +296,68 @@ void pack_tile(const Problem& p, const Plan& plan, const float* factors, int64_t
     std::copy_n(slots.place + whole, whole ? waiting : 0, slots.place);
   }
   write(waiting);
+}
+
+constexpr int FOURS = 4 * LANES;  // Channels of four vectors.
+
+// Put groups that transpose_fours has made of FOURS channels in order.
+inline Floats in_order(Floats x) {
+#if defined(__AVX512F__)
+  return SHUFFLE(x, x, 0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+#elif defined(__AVX2__)
+  return SHUFFLE(x, x, 0, 4, 1, 5, 2, 6, 3, 7);
+#else
+  return x;
+#endif
+}
+
+// Prune and pack a tile by magnitude, in groups of four adjacent channels. All groups of a vector are
+// of one position, so that slots need not be moved to it.
+template <int N, typename T>
+void pack_fours(const Problem& p, const Plan& plan, int64_t first, int64_t end, float* packed) {
+  Packing<4, N> pruning{p, 0, nullptr};
+  Tile tile(p, p.grad_strides, first, end);
+  const int64_t next = (tile.offset[1] - tile.offset[0]) * LANES;  // Most often, the tile after this one.
+  const int row_bytes = plan.width * 4, group_bytes = plan.group_rows * row_bytes;
+  Ints order;
+  for (int lane = 0; lane < LANES; lane++) order[lane] = lane % 4 * (LANES / 4) + lane / 4;
+  int64_t channels;
+  for (int64_t begin = 0; begin < p.channels; begin += channels) {
+    // As many as are in one slab.
+    int64_t of_group = begin % p.out_channels, of_slab = of_group % plan.out_block;
+    channels = std::min({int64_t(FOURS), p.out_channels - of_group, plan.out_block - of_slab});
+    const Ints place = (order + int(of_slab / 4)) * group_bytes;
+    const int64_t groups = channels / 4;
+    for (int lane = 0; lane < tile.count; lane++) {
+      const T* from = static_cast<const T*>(p.grad_output) + tile.offset[lane] + begin;
+      float* values = packed + lane * plan.position_floats + begin / 4 * pruning.n();
+      char* places = reinterpret_cast<char*>(packed + lane * plan.position_floats + plan.slots) +
+                     begin / 4 * pruning.n() * 2;
+      T some[FOURS] = {};
+      const T* four = channels < FOURS ? std::copy_n(from, channels, some) - channels : from;
+      Floats x[4], total, kept;
+      for (int i = 0; i < 4; i++) {
+        __builtin_prefetch(from + next + i * LANES);
+        x[i] = load(four + i * LANES);
+      }
+      transpose_fours(x);
+      Slots slots;
+      pruning.pack(x, tile, 0, place, row_bytes, 0, slots, total, kept);
+      pruning.finish(tile, 0, place, row_bytes, 0, slots, total, kept);
+      for (int k = 0; k < pruning.n(); k++, values += groups, places += groups * 2) {
+        if (channels == FOURS) {
+          store(values, slots.value[k]);
+          Halves halves = __builtin_convertvector((Words)slots.place[k], Halves);
+          std::memcpy(places, &halves, sizeof halves);
+        } else {
+          Floats value = in_order(slots.value[k]);
+          Halves halves = __builtin_convertvector((Words)in_order(slots.place[k]), Halves);
+          std::memcpy(values, &value, groups * 4);
+          std::memcpy(places, &halves, groups * 2);
+        }
+      }
+    }
+  }
 }
 
 template <typename T>
@@ -507,34 +569,41 @@ std::vector<Class> find_classes(const Problem& p) {
   return classes;
 }
 
-// Write a row of sums to each position's offset.
-void write(const Problem& p, const int64_t* to, int count, int64_t channels, const float* sums,
+// Positions of the result that follow one another in the last dimension.
+struct Run {
+  int first, count;  // In a block.
+  int64_t at[3];     // The gradient's coordinates for the first, without a tap's shift.
+  int64_t slots, to;  // Where the packed gradient has these, and the result the first: offsets.
+};
+
+// Write the sums of a run, with so much from one position of the result to the next.
+void write(const Problem& p, const Run& run, int64_t next, int64_t channels, const float* sums,
            int64_t width) {
   int64_t stride = p.result_strides[1];
   if (p.is_bfloat16) {
-    BFloat16* result = static_cast<BFloat16*>(p.result);
-    for (int i = 0; i < count; i++) {
+    BFloat16* result = static_cast<BFloat16*>(p.result) + run.to;
+    for (int i = 0; i < run.count; i++) {
       for (int64_t c = 0; c < channels; c += LANES) {  // Rows are padded to whole vectors.
         Floats rounded = round_to_bfloat16(load(sums + i * width + c));
         int64_t lanes = std::min<int64_t>(LANES, channels - c);
         if (stride == 1 && lanes == LANES) {
-          store(result + to[i] + c, rounded);
+          store(result + i * next + c, rounded);
           continue;
         }
         for (int64_t lane = 0; lane < lanes; lane++) {
-          set(result + to[i] + (c + lane) * stride, rounded[lane]);
+          set(result + i * next + (c + lane) * stride, rounded[lane]);
         }
       }
     }
     return;
   }
-  float* result = static_cast<float*>(p.result);
+  float* result = static_cast<float*>(p.result) + run.to;
   if (stride == 1) {
-    for (int i = 0; i < count; i++) std::memcpy(result + to[i], sums + i * width, channels * 4);
+    for (int i = 0; i < run.count; i++) std::memcpy(result + i * next, sums + i * width, channels * 4);
     return;
   }
   for (int64_t c = 0; c < channels; c++) {
-    for (int i = 0; i < count; i++) result[to[i] + c * stride] = sums[i * width + c];
+    for (int i = 0; i < run.count; i++) result[i * next + c * stride] = sums[i * width + c];
   }
 }
 
@@ -542,74 +611,76 @@ void write(const Problem& p, const int64_t* to, int count, int64_t channels, con
 void multiply_block(const Problem& p, const Plan& plan, const Class& of, int64_t block,
                     int64_t first_sample, int64_t samples, int64_t group, int64_t in_block,
                     const float* packed, const float* slabs, float* accumulators) {
-  int64_t first = block * BLOCK;
-  int count = std::min<int64_t>(BLOCK, samples * of.size() - first);
-  int64_t coordinate[3][BLOCK], source[BLOCK];
-  int64_t to[BLOCK];
+  const int64_t first = block * BLOCK;
+  const int count = std::min<int64_t>(BLOCK, samples * of.size() - first);
+  // From one position of the result to the next, as in Class.
+  int64_t step[3], spacing[3];
+  for (int d = 0; d < 3; d++) {
+    step[d] = p.transposed ? p.stride[d] : 1, spacing[d] = p.transposed ? 1 : p.stride[d];
+  }
+  Run runs[BLOCK];
+  int run_count = 0;
   Position position(first, of.count);
-  for (int i = 0; i < count; i++) {
-    to[i] = (first_sample + position.sample) * p.result_strides[0] +
-            (group * p.in_channels + in_block * plan.width) * p.result_strides[1];
-    source[i] = position.sample;
+  for (int i = 0; i < count; i += runs[run_count++].count) {
+    Run& run = runs[run_count];
+    run.first = i, run.count = std::min<int64_t>(count - i, of.count[2] - position.at[2]);
+    run.slots = position.sample;
+    run.to = (first_sample + position.sample) * p.result_strides[0] +
+             (group * p.in_channels + in_block * plan.width) * p.result_strides[1];
     for (int d = 0; d < 3; d++) {
-      int64_t spacing = p.transposed ? 1 : p.stride[d], step = p.transposed ? p.stride[d] : 1;
-      coordinate[d][i] = step * position.at[d];
-      source[i] = source[i] * p.output_size[d] + coordinate[d][i];
-      to[i] += (of.remainder[d] + spacing * position.at[d]) * p.result_strides[2 + d];
+      run.at[d] = step[d] * position.at[d];
+      run.slots = run.slots * p.output_size[d] + run.at[d];
+      run.to += (of.remainder[d] + spacing[d] * position.at[d]) * p.result_strides[2 + d];
     }
-    source[i] *= plan.position_floats;
+    run.slots *= plan.position_floats;
+    position.at[2] += run.count - 1;
     position.advance(of.count);
   }
   // Sums lie in the result where its rows are whole vectors, if they are close together or are not
   // read again.
-  bool has_one_tap = of.tap_count() == 1;
-  bool in_place = !p.is_bfloat16 && p.result_strides[1] == 1 && p.in_channels % plan.width == 0 &&
-                  (p.groups * plan.in_blocks == 1 ||
-                   (has_one_tap && p.out_channels <= plan.out_block));
-  float* sums[BLOCK];
-  for (int i = 0; i < count; i++) {
-    sums[i] = in_place ? static_cast<float*>(p.result) + to[i] : accumulators + i * plan.width;
-  }
+  const bool has_one_tap = of.tap_count() == 1;
+  const bool in_place = !p.is_bfloat16 && p.result_strides[1] == 1 &&
+                        p.in_channels % plan.width == 0 &&
+                        (p.groups * plan.in_blocks == 1 ||
+                         (has_one_tap && p.out_channels <= plan.out_block));
+  const int64_t next_to = spacing[2] * p.result_strides[4];
+  const int64_t next_sums = in_place ? next_to : plan.width;
+  const int64_t next_slots = step[2] * plan.position_floats;
+  auto sums_of = [&](const Run& run) {
+    return in_place ? static_cast<float*>(p.result) + run.to : accumulators + run.first * plan.width;
+  };
   bool is_first = true;
   auto clear = [&] {
-    for (int i = 0; i < count; i++) std::memset(sums[i], 0, plan.width * 4);
+    for (int r = 0; r < run_count; r++) {
+      float* sums = sums_of(runs[r]);
+      for (int i = 0; i < runs[r].count; i++) std::memset(sums + i * next_sums, 0, plan.width * 4);
+    }
     is_first = false;
   };
 
   MultiplyAll multiply_all =
       (plan.in_pairs ? MULTIPLY_ALL<HAS_PAIRS> : MULTIPLY_ALL<false>)[plan.vectors];
   slabs += (group * plan.in_blocks + in_block) * plan.taps * plan.rows * plan.width;
-  int64_t first_slot = group * p.out_channels / p.m * plan.group_slots;
-  // Copies, which no write to memory changes.
-  const uint64_t bound[3] = {uint64_t(p.output_size[0]), uint64_t(p.output_size[1]),
-                              uint64_t(p.output_size[2])};
-  auto is_inside = [&](int d, int i, int64_t shift) {
-    return uint64_t(coordinate[d][i] + shift) < bound[d];
-  };
-  int planes[BLOCK], rows[BLOCK];
+  const int64_t first_slot = group * p.out_channels / p.m * plan.group_slots;
+  auto is_inside = [&](int d, int64_t at) { return uint64_t(at) < uint64_t(p.output_size[d]); };
+  auto steps = [&](int64_t distance) { return step[2] == 1 ? distance : ceil_div(distance, step[2]); };
   Pair pairs[BLOCK];
   for (auto [index_0, shift_0] : of.taps[0]) {
-    int in_plane = 0;
-    for (int i = 0; i < count; i++) {
-      planes[in_plane] = i;
-      in_plane += is_inside(0, i, shift_0);
-    }
     for (auto [index_1, shift_1] : of.taps[1]) {
-      int in_row = 0;
-      for (int j = 0; j < in_plane; j++) {
-        rows[in_row] = planes[j];
-        in_row += is_inside(1, planes[j], shift_1);
-      }
       for (auto [index_2, shift_2] : of.taps[2]) {
+        const int64_t shift = (shift_0 * p.output_size[1] + shift_1) * p.output_size[2] + shift_2;
         int reached = 0;
-        int64_t shift = (shift_0 * p.output_size[1] + shift_1) * p.output_size[2] + shift_2;
-        const float* shifted = packed + shift * plan.position_floats;
-        for (int j = 0; j < in_row; j++) {
-          int i = rows[j];
-          // Anything if it is not inside, and then not kept.
-          pairs[reached].slots = shifted + source[i];
-          pairs[reached].accumulator = sums[i];
-          reached += is_inside(2, i, shift_2);
+        for (int r = 0; r < run_count; r++) {
+          const Run& run = runs[r];
+          if (!is_inside(0, run.at[0] + shift_0) || !is_inside(1, run.at[1] + shift_1)) continue;
+          const int64_t at = run.at[2] + shift_2;
+          const int64_t begin = at < 0 ? steps(-at) : 0;
+          const int64_t end = std::min<int64_t>(run.count, steps(p.output_size[2] - at));
+          const float* slots = packed + run.slots + shift * plan.position_floats;
+          float* sums = sums_of(run);
+          for (int64_t i = begin; i < end; i++) {
+            pairs[reached++] = {slots + i * next_slots, sums + i * next_sums};
+          }
         }
         int64_t tap = (index_0 * p.kernel[1] + index_1) * p.kernel[2] + index_2;
         if (is_first && reached < count) clear();
@@ -627,21 +698,34 @@ void multiply_block(const Problem& p, const Plan& plan, const Class& of, int64_t
   }
   if (is_first) clear();
   if (in_place) return;
-  int64_t channels = std::min(plan.width, p.in_channels - in_block * plan.width);
-  write(p, to, count, channels, accumulators, plan.width);
+  const int64_t channels = std::min(plan.width, p.in_channels - in_block * plan.width);
+  for (int r = 0; r < run_count; r++) {
+    write(p, runs[r], next_to, channels, sums_of(runs[r]), plan.width);
+  }
 }
 
 // What depends on n and m.
 struct PackingKernels {
   decltype(&pack_tile<1, 1>) pack_tile;
   decltype(&sum_sample<1, 1>) sum_sample;
+  decltype(&pack_fours<1, float>) pack_fours = nullptr, pack_fours_of_bfloat16 = nullptr;
 };
+
+template <int M, int N>
+PackingKernels packing() {
+  PackingKernels kernels{pack_tile<M, N>, sum_sample<M, 0>};
+  if constexpr (M == 4) {
+    kernels.pack_fours = pack_fours<N, float>;
+    kernels.pack_fours_of_bfloat16 = pack_fours<N, BFloat16>;
+  }
+  return kernels;
+}
 
 template <int M>
 PackingKernels packing(int64_t n) {
-  if (n == 1) return {pack_tile<M, 1>, sum_sample<M, 0>};
-  if (n == 2) return {pack_tile<M, 2>, sum_sample<M, 0>};
-  return {pack_tile<M, 0>, sum_sample<M, 0>};
+  if (n == 1) return packing<M, 1>();
+  if (n == 2) return packing<M, 2>();
+  return packing<M, 0>();
 }
 
 PackingKernels packing(int64_t n, int64_t m) {
@@ -658,6 +742,12 @@ PackingKernels packing(int64_t n, int64_t m) {
 void run(const Problem& p, char* workspace) {
   const Plan plan(p);
   const PackingKernels of_m = packing(p.n, p.m);
+  const bool is_by_magnitude = p.function == MAGNITUDE || p.is_by_group();
+  // Fewer channels leave much of the vectors empty.
+  const bool has_fours = p.grad_strides[1] == 1 && p.out_channels >= FOURS;
+  const auto pack_fours = !has_fours || !is_by_magnitude || plan.in_pairs ? nullptr
+                          : p.is_bfloat16 ? of_m.pack_fours_of_bfloat16
+                                          : of_m.pack_fours;
   float* packed = reinterpret_cast<float*>(workspace + plan.packed);
   float* slabs = reinterpret_cast<float*>(workspace + plan.slabs);
   float* accumulators = reinterpret_cast<float*>(workspace + plan.accumulators);
@@ -682,8 +772,9 @@ void run(const Problem& p, char* workspace) {
       int64_t first = sample * p.space(), end = (sample + samples) * p.space();
 #pragma omp for schedule(dynamic, 4)
       for (int64_t position = first; position < end; position += LANES) {
-        of_m.pack_tile(p, plan, factors, position, end,
-                       packed + (position - first) * plan.position_floats);
+        float* to = packed + (position - first) * plan.position_floats;
+        if (pack_fours) pack_fours(p, plan, position, end, to);
+        else of_m.pack_tile(p, plan, factors, position, end, to);
       }
       int64_t blocks = 0;
       std::vector<int64_t> first_block;

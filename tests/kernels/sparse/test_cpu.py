@@ -190,25 +190,25 @@ def test_any_layer_and_setting(data):
 # What is kept
 
 
-def by_identity(grad_output, n, m, prune, rescale):
-    """Return the operator's result for weights that are identities of m channels."""
+def by_identity(grad_output, n, m, prune, rescale, size):
+    """Return the operator's result for weights that are identities of size channels."""
     channels, dims = grad_output.shape[1], grad_output.dim() - 2
-    weight = torch.eye(m).repeat(channels // m, 1).view(channels, m, *[1] * dims)
-    settings = ([1] * dims, [0] * dims, [1] * dims, False, channels // m)
+    weight = torch.eye(size).repeat(channels // size, 1).view(channels, size, *[1] * dims)
+    settings = ([1] * dims, [0] * dims, [1] * dims, False, channels // size)
     return PRUNED_INPUT_GRAD(
         grad_output, weight.to(grad_output.dtype), SEED, n, m, prune, rescale,
         grad_output.shape, *settings,
     )  # fmt: skip
 
 
-def assert_keeps_the_values_of_the_reference(x, n, m, prune, rescale, in_pairs=False):
-    result = by_identity(x, n, m, prune, rescale)
+def assert_keeps_the_values_of_the_reference(x, n, m, prune, rescale, size, in_pairs=False):
+    result = by_identity(x, n, m, prune, rescale, size)
     pruned = reference.prune_nm(x, SEED, n, m, prune, rescale)
     if in_pairs:
         pruned = torch.where(pruned.abs() < torch.finfo(x.dtype).tiny, 0, pruned)
     # 0 times an infinity is NaN, so each result is one value, or NaN.
-    groups = reference.channel_groups(pruned.float(), m)
-    expected = (groups.unsqueeze(-1) * torch.eye(m)).sum(-2).flatten(-2).movedim(-1, 1)
+    groups = reference.channel_groups(pruned.float(), size)
+    expected = (groups.unsqueeze(-1) * torch.eye(size)).sum(-2).flatten(-2).movedim(-1, 1)
     tolerance = {"rtol": 0, "atol": 0}
     if rescale != "group":
         tolerance = {key: getattr(reference.TOLERANCES[x.dtype], key) for key in tolerance}
@@ -226,7 +226,21 @@ def test_keeps_the_values_of_the_reference(data, setting):
     x = strategies.values(shape, dtype, kind, data.draw(strategies.seeds))
     x = channels_last(x) if data.draw(st.booleans()) else data.draw(strategies.layouts(x))
     in_pairs = HAS_PAIRS and dtype == torch.bfloat16 and (n, m) == (2, 4)
-    assert_keeps_the_values_of_the_reference(x, n, m, prune, rescale, in_pairs)
+    assert_keeps_the_values_of_the_reference(x, n, m, prune, rescale, m, in_pairs)
+
+
+@given(st.data(), st.integers(1, 4), st.sampled_from(["magnitude", "rescaled_magnitude"]))
+def test_keeps_the_values_of_the_reference_of_many_adjacent_channels(data, n, prune):
+    """Groups of four that are packed position by position: whole vectors of them and parts."""
+    size = 4 * data.draw(st.integers(16, 48))
+    shape = (data.draw(st.integers(1, 2)), size * data.draw(st.integers(1, 2)), 3, 7)
+    kind = data.draw(st.sampled_from(["normal", "ties", "special"]))
+    dtype = data.draw(st.sampled_from(cpu.DTYPES))
+    x = strategies.values(shape, dtype, kind, data.draw(strategies.seeds))
+    # 0 times an infinity would hide what all other channels have.
+    x = channels_last(torch.where(x.isfinite(), x, 1))[:, :, :, : data.draw(st.integers(1, 7))]
+    in_pairs = HAS_PAIRS and dtype == torch.bfloat16 and n == 2
+    assert_keeps_the_values_of_the_reference(x, n, 4, prune, "group", size, in_pairs)
 
 
 @pytest.mark.parametrize("special", [float("nan"), float("inf"), -float("inf")])
@@ -234,7 +248,7 @@ def test_keeps_the_values_of_the_reference(data, setting):
 def test_what_is_not_finite_is_kept(prune, special):
     x = torch.randn(1, 8, 3, 3) * 1e30
     x[0, 5, 1, 1] = special
-    result = by_identity(x, 1, 4, prune, "group")
+    result = by_identity(x, 1, 4, prune, "group", 4)
     assert not result[0, 4:, 1, 1].isfinite().all()
     result[0, 4:, 1, 1] = 0
     assert result.isfinite().all()
@@ -247,7 +261,7 @@ def test_what_is_finite_stays_finite():
     x = torch.stack([kept, kept - most, torch.zeros(4096), torch.zeros(4096)])[None]
     beyond = (x.abs().sum(1) / kept * kept).isinf()
     assert beyond.any()
-    result = by_identity(x, 1, 4, "rescaled_magnitude", "group")
+    result = by_identity(x, 1, 4, "rescaled_magnitude", "group", 4)
     expected = reference.prune_nm(x, None, 1, 4, "rescaled_magnitude", "group")
     assert torch.equal(result, expected)
     assert (result[:, 0][beyond] == most).all()
@@ -404,7 +418,7 @@ def test_keeps_the_values_of_the_reference_by_pairs(by_pairs, data):
     prune, rescale = data.draw(st.sampled_from(FUNCTIONS))
     x = strategies.values(shape, torch.bfloat16, kind, data.draw(strategies.seeds))
     x = channels_last(x) if data.draw(st.booleans()) else x
-    assert_keeps_the_values_of_the_reference(x, 2, 4, prune, rescale, in_pairs=True)
+    assert_keeps_the_values_of_the_reference(x, 2, 4, prune, rescale, 4, in_pairs=True)
 
 
 def test_subnormal_numbers_are_zeros_by_pairs(by_pairs):
