@@ -435,6 +435,9 @@ struct Factor {
   Floats operator()(Floats value) const { return clamp(value * factor, most); }
 };
 
+// Groups up to this size fit into registers twice, or nearly.
+constexpr int BY_TREE = REGISTERS == 32 ? 32 : 8;
+
 // A pruning function, for groups of M channels of which N are kept; any number if 0.
 template <int M, int N>
 struct Pruning {
@@ -449,29 +452,44 @@ struct Pruning {
   template <typename Keep>
   void choose(const Floats* value, Ints* key, Ints place, int width, bool mark, Keep keep) const {
     for (int k = 0; k < n(); k++) {
-      // By a tree, and then a look for the first of them: little waits for what is before it.
-      Ints most[M];
+      Ints found;
+      Floats kept;
+      if constexpr (M <= BY_TREE) {
+        // The largest, and then the first that is as large: little waits for what is before it.
+        Ints most[M];
 #pragma GCC unroll 32
-      for (int i = 0; i < M; i++) most[i] = key[i];
+        for (int i = 0; i < M; i++) most[i] = key[i];
 #pragma GCC unroll 8
-      for (int step = 1; step < M; step *= 2) {
+        for (int step = 1; step < M; step *= 2) {
 #pragma GCC unroll 32
-        for (int i = 0; i + step < M; i += 2 * step) {
-          most[i] = most[i] > most[i + step] ? most[i] : most[i + step];
+          for (int i = 0; i + step < M; i += 2 * step) {
+            most[i] = most[i] > most[i + step] ? most[i] : most[i + step];
+          }
+        }
+        Ints at = place + (M - 1) * width;
+        found = at, kept = value[M - 1];
+#pragma GCC unroll 32
+        for (int i = M - 2; i >= 0; i--) {
+          Ints is_largest = key[i] == most[0];
+          at -= width;
+          kept = is_largest ? value[i] : kept;
+          found = is_largest ? at : found;
+        }
+      } else {
+        Ints largest = key[0], at = place;
+        found = place, kept = value[0];
+        for (int i = 1; i < M; i++) {
+          Ints larger = key[i] > largest;
+          at += width;
+          largest = larger ? key[i] : largest;
+          kept = larger ? value[i] : kept;
+          found = larger ? at : found;
         }
       }
-      Ints found = Ints{} + (M - 1);
-      Floats kept = value[M - 1];
-#pragma GCC unroll 32
-      for (int i = M - 2; i >= 0; i--) {
-        Ints is_largest = key[i] == most[0];
-        kept = is_largest ? value[i] : kept;
-        found = is_largest ? Ints{} + i : found;
-      }
-      keep(k, kept, place + found * width);
+      keep(k, kept, found);
       if (k + 1 == n() && !mark) return;
-#pragma GCC unroll 32
-      for (int i = 0; i < M; i++) key[i] |= found == i;  // -1, below every key.
+      Ints at = place;
+      for (int i = 0; i < M; i++, at += width) key[i] |= found == at;  // -1, below every key.
     }
   }
 

@@ -92,6 +92,7 @@ struct Problem : Gradient {
 
 constexpr int BLOCK = 256;                // Positions of the result.
 constexpr int64_t CHUNK_BYTES = 1 << 19;  // Of packed gradient, for each thread.
+constexpr int64_t MOST_CHUNKS = 1;
 constexpr int AHEAD = 4;                  // Positions, whose slots are fetched before they are read.
 constexpr int MAX_VECTORS = 8;            // Of a row of a slab.
 static_assert(MAX_M / 4 * 6 * MAX_VECTORS * LANES * 4 < 1 << 16, "places have 16 bits");
@@ -116,7 +117,8 @@ struct Plan {
   int64_t slots, position_floats;      // Of a position, in whole vectors; with their places.
   int64_t vectors, width, in_blocks;   // Of a row of a slab; floats of it; rows for each channel.
   int64_t out_block, taps, rows;       // Output channels of a slab; rows for each tap.
-  int64_t chunk_samples;               // A chunk of samples is packed at once.
+  bool splits_samples;                 // Whether each thread has samples of its own.
+  int64_t chunk_samples, chunk_floats;  // A chunk of samples is packed at once.
   int64_t packed, sums, factors, accumulators, slabs, bytes;  // Offsets in bytes; all of it.
 
   Plan(const Problem& p) {
@@ -142,9 +144,14 @@ struct Plan {
     width = vectors * LANES;
     in_blocks = ceil_div(needed, vectors);
 
-    int64_t sample_bytes = position_floats * 4 * p.space();
-    chunk_samples = std::clamp<int64_t>(CHUNK_BYTES * p.threads / sample_bytes, 1, p.samples);
-    int64_t tiles = ceil_div(chunk_samples * p.space(), LANES);
+    // As many for each thread, with enough positions to make blocks, and not too much memory.
+    int64_t sample_bytes = position_floats * 4 * p.space(), most = ceil_div(p.samples, p.threads);
+    splits_samples = most * p.threads * 8 <= p.samples * 9 && most * p.space() >= 2 * BLOCK &&
+                     sample_bytes <= MOST_CHUNKS * CHUNK_BYTES;
+    int64_t sharing = splits_samples ? 1 : p.threads;
+    chunk_samples = std::clamp<int64_t>(CHUNK_BYTES * sharing / sample_bytes, 1,
+                                        splits_samples ? most : p.samples);
+    chunk_floats = ceil_div(chunk_samples * p.space(), LANES) * LANES * position_floats;
 
     bool wide = p.is_by_wider_scope();
     bytes = 0;
@@ -153,7 +160,7 @@ struct Plan {
       bytes += ceil_div(size, 64) * 64;
       return begin;
     };
-    packed = take(tiles * LANES * position_floats * 4);
+    packed = take(p.threads / sharing * chunk_floats * 4);
     slabs = take(p.groups * in_blocks * taps * rows * width * 4);
     accumulators = take(p.threads * BLOCK * width * 4);
     sums = take(wide ? p.samples * p.channels * 16 : 0);
@@ -317,33 +324,35 @@ template <int N, typename T>
 void pack_fours(const Problem& p, const Plan& plan, int64_t first, int64_t end, float* packed) {
   Packing<4, N> pruning{p, 0, nullptr};
   Tile tile(p, p.grad_strides, first, end);
-  const int64_t next = (tile.offset[1] - tile.offset[0]) * LANES;  // Most often, the tile after this one.
+  const int64_t next = (tile.offset[1] - tile.offset[0]) * LANES;  // Most often, of the tile after this one.
   const int row_bytes = plan.width * 4, group_bytes = plan.group_rows * row_bytes;
   Ints order;
   for (int lane = 0; lane < LANES; lane++) order[lane] = lane % 4 * (LANES / 4) + lane / 4;
-  int64_t channels;
-  for (int64_t begin = 0; begin < p.channels; begin += channels) {
-    // As many as are in one slab.
-    int64_t of_group = begin % p.out_channels, of_slab = of_group % plan.out_block;
-    channels = std::min({int64_t(FOURS), p.out_channels - of_group, plan.out_block - of_slab});
-    const Ints place = (order + int(of_slab / 4)) * group_bytes;
-    const int64_t groups = channels / 4;
-    for (int lane = 0; lane < tile.count; lane++) {
-      const T* from = static_cast<const T*>(p.grad_output) + tile.offset[lane] + begin;
-      float* values = packed + lane * plan.position_floats + begin / 4 * pruning.n();
-      char* places = reinterpret_cast<char*>(packed + lane * plan.position_floats + plan.slots) +
-                     begin / 4 * pruning.n() * 2;
-      T some[FOURS] = {};
-      const T* four = channels < FOURS ? std::copy_n(from, channels, some) - channels : from;
+  for (int lane = 0; lane < tile.count; lane++) {
+    const T* from = static_cast<const T*>(p.grad_output) + tile.offset[lane];
+    float* values = packed + lane * plan.position_floats;
+    char* places = reinterpret_cast<char*>(values + plan.slots);
+    int64_t channels, of_group = 0, of_slab = 0;
+    for (int64_t begin = 0; begin < p.channels; begin += channels, from += channels) {
+      // As many as are in one slab.
+      channels = std::min({int64_t(FOURS), p.out_channels - of_group, plan.out_block - of_slab});
+      const Ints place = (order + int(of_slab / 4)) * group_bytes;
       Floats x[4], total, kept;
-      for (int i = 0; i < 4; i++) {
-        __builtin_prefetch(from + next + i * LANES);
-        x[i] = load(four + i * LANES);
+      if (channels == FOURS) {
+        for (int i = 0; i < 4; i++) {
+          __builtin_prefetch(from + next + i * LANES);
+          x[i] = load(from + i * LANES);
+        }
+      } else {
+        T some[FOURS] = {};
+        std::copy_n(from, channels, some);
+        for (int i = 0; i < 4; i++) x[i] = load(some + i * LANES);
       }
       transpose_fours(x);
       Slots slots;
       pruning.pack(x, tile, 0, place, row_bytes, 0, slots, total, kept);
       pruning.finish(tile, 0, place, row_bytes, 0, slots, total, kept);
+      const int64_t groups = channels / 4;
       for (int k = 0; k < pruning.n(); k++, values += groups, places += groups * 2) {
         if (channels == FOURS) {
           store(values, slots.value[k]);
@@ -356,6 +365,9 @@ void pack_fours(const Problem& p, const Plan& plan, int64_t first, int64_t end, 
           std::memcpy(places, &halves, groups * 2);
         }
       }
+      of_group += channels, of_slab += channels;
+      if (of_group == p.out_channels) of_group = of_slab = 0;
+      if (of_slab == plan.out_block) of_slab = 0;
     }
   }
 }
@@ -739,27 +751,70 @@ PackingKernels packing(int64_t n, int64_t m) {
   }
 }
 
-void run(const Problem& p, char* workspace) {
-  const Plan plan(p);
-  const PackingKernels of_m = packing(p.n, p.m);
+// The part of so many items that is a thread's own: always the same one, so that what a thread finds
+// in its caches is what it has put there, in this call or in the one before.
+struct Part {
+  int64_t begin, end;
+
+  Part(int64_t items, int64_t thread, int64_t threads)
+      : begin(items * thread / threads), end(items * (thread + 1) / threads) {}
+};
+
+// Pack some samples, of which a thread has its part.
+void pack_samples(const Problem& p, const Plan& plan, const PackingKernels& of_m,
+                  const float* factors, int64_t sample, int64_t samples, int64_t thread,
+                  int64_t threads, float* packed) {
   const bool is_by_magnitude = p.function == MAGNITUDE || p.is_by_group();
   // Fewer channels leave much of the vectors empty.
   const bool has_fours = p.grad_strides[1] == 1 && p.out_channels >= FOURS;
   const auto pack_fours = !has_fours || !is_by_magnitude || plan.in_pairs ? nullptr
                           : p.is_bfloat16 ? of_m.pack_fours_of_bfloat16
                                           : of_m.pack_fours;
+  const int64_t first = sample * p.space(), end = (sample + samples) * p.space();
+  const Part part(ceil_div(end - first, LANES), thread, threads);
+  for (int64_t tile = part.begin; tile < part.end; tile++) {
+    float* to = packed + tile * LANES * plan.position_floats;
+    if (pack_fours) pack_fours(p, plan, first + tile * LANES, end, to);
+    else of_m.pack_tile(p, plan, factors, first + tile * LANES, end, to);
+  }
+}
+
+// Multiply some samples that are packed, of which a thread has its part.
+void multiply_samples(const Problem& p, const Plan& plan, const std::vector<Class>& classes,
+                      int64_t sample, int64_t samples, int64_t thread, int64_t threads,
+                      const float* packed, const float* slabs, float* accumulators) {
+  int64_t blocks = 0;
+  std::vector<int64_t> first_block;
+  for (const Class& of : classes) {
+    first_block.push_back(blocks);
+    blocks += ceil_div(samples * of.size(), BLOCK);
+  }
+  const int64_t products = p.groups * plan.in_blocks;
+  const Part part(blocks * products, thread, threads);
+  for (int64_t i = part.begin; i < part.end; i++) {
+    int64_t block = i / products, group = i % products / plan.in_blocks;
+    auto after = std::upper_bound(first_block.begin(), first_block.end(), block);
+    int64_t number = after - first_block.begin() - 1;
+    multiply_block(p, plan, classes[number], block - first_block[number], sample, samples, group,
+                   i % plan.in_blocks, packed, slabs, accumulators);
+  }
+}
+
+void run(const Problem& p, char* workspace) {
+  const Plan plan(p);
+  const PackingKernels of_m = packing(p.n, p.m);
   float* packed = reinterpret_cast<float*>(workspace + plan.packed);
   float* slabs = reinterpret_cast<float*>(workspace + plan.slabs);
   float* accumulators = reinterpret_cast<float*>(workspace + plan.accumulators);
   double* sums = reinterpret_cast<double*>(workspace + plan.sums);
   float* factors = reinterpret_cast<float*>(workspace + plan.factors);
-  std::vector<Class> classes = find_classes(p);
+  const std::vector<Class> classes = find_classes(p);
 #pragma omp parallel num_threads(p.threads)
   {
     if (p.is_bfloat16) pack_weight(p, plan, static_cast<const BFloat16*>(p.weight), slabs);
     else pack_weight(p, plan, static_cast<const float*>(p.weight), slabs);
     if (p.is_by_wider_scope()) {
-#pragma omp for collapse(2) schedule(dynamic)
+#pragma omp for collapse(2) schedule(static)
       for (int64_t sample = 0; sample < p.samples; sample++) {
         for (int64_t c = 0; c < p.channels; c += STEP) {
           of_m.sum_sample(p, sample, c, sums + (sample * p.channels + c) * 2);
@@ -767,30 +822,24 @@ void run(const Problem& p, char* workspace) {
       }
       find_factors(p, sums, factors);
     }
-    for (int64_t sample = 0; sample < p.samples; sample += plan.chunk_samples) {
-      int64_t samples = std::min(plan.chunk_samples, p.samples - sample);
-      int64_t first = sample * p.space(), end = (sample + samples) * p.space();
-#pragma omp for schedule(dynamic, 4)
-      for (int64_t position = first; position < end; position += LANES) {
-        float* to = packed + (position - first) * plan.position_floats;
-        if (pack_fours) pack_fours(p, plan, position, end, to);
-        else of_m.pack_tile(p, plan, factors, position, end, to);
+    const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
+    // All threads have a part of each chunk, or one thread has all of its own chunks.
+    const bool is_alone = plan.splits_samples;
+    const int64_t member = is_alone ? 0 : thread, members = is_alone ? 1 : threads;
+    const Part own = is_alone ? Part(p.samples, thread, threads) : Part(p.samples, 0, 1);
+    float* chunk = packed + (is_alone ? thread * plan.chunk_floats : 0);
+    float* sums_of_block = accumulators + thread * BLOCK * plan.width;
+#pragma omp barrier
+    for (int64_t sample = own.begin; sample < own.end; sample += plan.chunk_samples) {
+      const int64_t samples = std::min(plan.chunk_samples, own.end - sample);
+      pack_samples(p, plan, of_m, factors, sample, samples, member, members, chunk);
+      if (!is_alone) {
+#pragma omp barrier
       }
-      int64_t blocks = 0;
-      std::vector<int64_t> first_block;
-      for (const Class& of : classes) {
-        first_block.push_back(blocks);
-        blocks += ceil_div(samples * of.size(), BLOCK);
-      }
-      int64_t products = p.groups * plan.in_blocks;
-#pragma omp for schedule(dynamic)
-      for (int64_t i = 0; i < blocks * products; i++) {
-        int64_t block = i / products, group = i % products / plan.in_blocks;
-        auto after = std::upper_bound(first_block.begin(), first_block.end(), block);
-        int64_t number = after - first_block.begin() - 1;
-        multiply_block(p, plan, classes[number], block - first_block[number], sample, samples,
-                       group, i % plan.in_blocks, packed, slabs,
-                       accumulators + omp_get_thread_num() * BLOCK * plan.width);
+      multiply_samples(p, plan, classes, sample, samples, member, members, chunk, slabs,
+                       sums_of_block);
+      if (!is_alone) {
+#pragma omp barrier
       }
     }
   }
