@@ -11,6 +11,10 @@
 //              One thread sums a value, in an order that depends on the layer's shape alone, so
 //              that the bits are the same for any number of threads.
 //
+// The threads' parts are the same in every call, and where there are enough samples, a thread packs
+// those that it multiplies. What one core has written takes long to read by another one, most of
+// all by one that does not share its last-level cache.
+//
 // Where the machine multiplies bfloat16 by pairs, and two of four are kept, the two are one slot, of
 // the same size, and a slab has a row for each pair of a group's four channels, six in all.
 //
@@ -92,7 +96,6 @@ struct Problem : Gradient {
 
 constexpr int BLOCK = 256;                // Positions of the result.
 constexpr int64_t CHUNK_BYTES = 1 << 19;  // Of packed gradient, for each thread.
-constexpr int64_t MOST_CHUNKS = 1;
 constexpr int AHEAD = 4;                  // Positions, whose slots are fetched before they are read.
 constexpr int MAX_VECTORS = 8;            // Of a row of a slab.
 static_assert(MAX_M / 4 * 6 * MAX_VECTORS * LANES * 4 < 1 << 16, "places have 16 bits");
@@ -147,7 +150,7 @@ struct Plan {
     // As many for each thread, with enough positions to make blocks, and not too much memory.
     int64_t sample_bytes = position_floats * 4 * p.space(), most = ceil_div(p.samples, p.threads);
     splits_samples = most * p.threads * 8 <= p.samples * 9 && most * p.space() >= 2 * BLOCK &&
-                     sample_bytes <= MOST_CHUNKS * CHUNK_BYTES;
+                     sample_bytes <= CHUNK_BYTES;
     int64_t sharing = splits_samples ? 1 : p.threads;
     chunk_samples = std::clamp<int64_t>(CHUNK_BYTES * sharing / sample_bytes, 1,
                                         splits_samples ? most : p.samples);

@@ -296,21 +296,23 @@ def threads():
 
 @pytest.mark.parametrize(("prune", "rescale"), FUNCTIONS)
 def test_bits_do_not_depend_on_the_number_of_threads(prune, rescale, threads):
-    small = make_case(40, 64, (3, 3), (17, 19), batch=5, padding=1, stride=2)
-    large = make_case(136, 320, (3, 3), (30, 30), batch=5, padding=1)
-    for case in (small, large):
+    """Few positions, or many of a sample, are shared; three threads may have samples of their own."""
+    small = make_case(40, 64, (3, 3), (17, 19), batch=6, padding=1, stride=2)
+    medium = make_case(72, 96, (3, 3), (20, 16), batch=6, padding=1)
+    large = make_case(136, 320, (3, 3), (30, 30), batch=6, padding=1)
+    for case in (small, medium, large):
         case.grad_output = channels_last(case.grad_output)
         results = []
-        for count in (1, 2, 3):
+        for count in (1, 2, 3, 4):
             threads(count)
             results.append(PRUNED_INPUT_GRAD(*case.arguments(3, 8, prune, rescale)))
-        assert torch.equal(results[0], results[1])
-        assert torch.equal(results[0], results[2])
+        assert all(torch.equal(results[0], result) for result in results[1:])
 
 
-def test_samples_that_do_not_fit_are_packed_in_turn(threads):
+@pytest.mark.parametrize("count", [1, 2])
+def test_samples_that_do_not_fit_are_packed_in_turn(count, threads):
     """More than one chunk of the batch, the last one smaller."""
-    threads(1)
+    threads(count)
     case = make_case(8, 64, (3, 3), (30, 30), batch=7, padding=1)
     packed_bytes = case.grad_output.numel() // 2 * 8
     assert packed_bytes > 2 * 2**19
