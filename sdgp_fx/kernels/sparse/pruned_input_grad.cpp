@@ -792,14 +792,14 @@ void multiply_samples(const Problem& p, const Plan& plan, const std::vector<Clas
     first_block.push_back(blocks);
     blocks += ceil_div(samples * of.size(), BLOCK);
   }
-  const int64_t products = p.groups * plan.in_blocks;
-  const Part part(blocks * products, thread, threads);
+  // One block of input channels after the other: its weights may stay in the second-level cache.
+  const Part part(p.groups * plan.in_blocks * blocks, thread, threads);
   for (int64_t i = part.begin; i < part.end; i++) {
-    int64_t block = i / products, group = i % products / plan.in_blocks;
+    int64_t block = i % blocks, product = i / blocks, group = product / plan.in_blocks;
     auto after = std::upper_bound(first_block.begin(), first_block.end(), block);
     int64_t number = after - first_block.begin() - 1;
     multiply_block(p, plan, classes[number], block - first_block[number], sample, samples, group,
-                   i % plan.in_blocks, packed, slabs, accumulators);
+                   product % plan.in_blocks, packed, slabs, accumulators);
   }
 }
 
