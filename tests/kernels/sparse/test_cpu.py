@@ -296,7 +296,7 @@ def threads():
 
 @pytest.mark.parametrize(("prune", "rescale"), FUNCTIONS)
 def test_bits_do_not_depend_on_the_number_of_threads(prune, rescale, threads):
-    """Few positions, or many of a sample, are shared; three threads may have samples of their own."""
+    """Few positions, or many of a sample, are shared; else three threads have their own samples."""
     small = make_case(40, 64, (3, 3), (17, 19), batch=6, padding=1, stride=2)
     medium = make_case(72, 96, (3, 3), (20, 16), batch=6, padding=1)
     large = make_case(136, 320, (3, 3), (30, 30), batch=6, padding=1)
