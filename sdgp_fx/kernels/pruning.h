@@ -435,7 +435,7 @@ struct Factor {
   Floats operator()(Floats value) const { return clamp(value * factor, most); }
 };
 
-// Groups up to this size fit into registers twice, or nearly.
+// Groups of up to so many are searched by a tree, which takes registers.
 constexpr int BY_TREE = REGISTERS == 32 ? 32 : 8;
 
 // A pruning function, for groups of M channels of which N are kept; any number if 0.

@@ -83,7 +83,7 @@ class SparseCost(NamedTuple):
 # the same machine, which has AVX-512, with both products restricted to AVX2. MKL takes twice as
 # long for a multiply-add of float32 matrices there as oneDNN in a convolution. Less of it counts,
 # since elsewhere it may not.
-SPARSE_COST = SparseCost(1.15, 6, 6, 350, 1e6)
+SPARSE_COST = SparseCost(1.15, 6, 6, 560, 1e6)
 SPARSE_COSTS = {
     ("AVX512", torch.float32): SparseCost(1.36, 12, 8, 560, 1e6, dense_of_matrices=1.4),
     ("AVX512", torch.bfloat16): SparseCost(2.2, 30, 45, 2000, 4e6),

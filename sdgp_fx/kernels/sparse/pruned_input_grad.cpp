@@ -327,7 +327,7 @@ template <int N, typename T>
 void pack_fours(const Problem& p, const Plan& plan, int64_t first, int64_t end, float* packed) {
   Packing<4, N> pruning{p, 0, nullptr};
   Tile tile(p, p.grad_strides, first, end);
-  const int64_t next = (tile.offset[1] - tile.offset[0]) * LANES;  // Most often, of the tile after this one.
+  const int64_t next = (tile.offset[1] - tile.offset[0]) * LANES;  // Most often, of the next tile.
   const int row_bytes = plan.width * 4, group_bytes = plan.group_rows * row_bytes;
   Ints order;
   for (int lane = 0; lane < LANES; lane++) order[lane] = lane % 4 * (LANES / 4) + lane / 4;
@@ -586,9 +586,9 @@ std::vector<Class> find_classes(const Problem& p) {
 
 // Positions of the result that follow one another in the last dimension.
 struct Run {
-  int first, count;  // In a block.
-  int64_t at[3];     // The gradient's coordinates for the first, without a tap's shift.
-  int64_t slots, to;  // Where the packed gradient has these, and the result the first: offsets.
+  int first, count;   // In a block.
+  int64_t at[3];      // The gradient's coordinates for the first, without a tap's shift.
+  int64_t slots, to;  // Offsets of these in the packed gradient, and of the first in the result.
 };
 
 // Write the sums of a run, with so much from one position of the result to the next.
@@ -614,7 +614,9 @@ void write(const Problem& p, const Run& run, int64_t next, int64_t channels, con
   }
   float* result = static_cast<float*>(p.result) + run.to;
   if (stride == 1) {
-    for (int i = 0; i < run.count; i++) std::memcpy(result + i * next, sums + i * width, channels * 4);
+    for (int i = 0; i < run.count; i++) {
+      std::memcpy(result + i * next, sums + i * width, channels * 4);
+    }
     return;
   }
   for (int64_t c = 0; c < channels; c++) {
@@ -662,7 +664,8 @@ void multiply_block(const Problem& p, const Plan& plan, const Class& of, int64_t
   const int64_t next_sums = in_place ? next_to : plan.width;
   const int64_t next_slots = step[2] * plan.position_floats;
   auto sums_of = [&](const Run& run) {
-    return in_place ? static_cast<float*>(p.result) + run.to : accumulators + run.first * plan.width;
+    if (in_place) return static_cast<float*>(p.result) + run.to;
+    return accumulators + run.first * plan.width;
   };
   bool is_first = true;
   auto clear = [&] {
@@ -678,7 +681,8 @@ void multiply_block(const Problem& p, const Plan& plan, const Class& of, int64_t
   slabs += (group * plan.in_blocks + in_block) * plan.taps * plan.rows * plan.width;
   const int64_t first_slot = group * p.out_channels / p.m * plan.group_slots;
   auto is_inside = [&](int d, int64_t at) { return uint64_t(at) < uint64_t(p.output_size[d]); };
-  auto steps = [&](int64_t distance) { return step[2] == 1 ? distance : ceil_div(distance, step[2]); };
+  // Most often, there is nothing to divide.
+  auto steps = [&](int64_t far) { return step[2] == 1 ? far : ceil_div(far, step[2]); };
   Pair pairs[BLOCK];
   for (auto [index_0, shift_0] : of.taps[0]) {
     for (auto [index_1, shift_1] : of.taps[1]) {
@@ -754,8 +758,8 @@ PackingKernels packing(int64_t n, int64_t m) {
   }
 }
 
-// The part of so many items that is a thread's own: always the same one, so that what a thread finds
-// in its caches is what it has put there, in this call or in the one before.
+// The part of so many items that is a thread's own: always the same, so that its core's caches have
+// what it has put there, in this call or in the one before.
 struct Part {
   int64_t begin, end;
 
