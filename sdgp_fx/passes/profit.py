@@ -86,7 +86,7 @@ class SparseCost(NamedTuple):
 SPARSE_COST = SparseCost(1.15, 6, 6, 560, 1e6)
 SPARSE_COSTS = {
     ("AVX512", torch.float32): SparseCost(1.36, 12, 8, 560, 1e6, dense_of_matrices=1.4),
-    ("AVX512", torch.bfloat16): SparseCost(2.2, 30, 45, 2000, 4e6),
+    ("AVX512", torch.bfloat16): SparseCost(2.0, 30, 45, 1000, 2e6),
 }
 
 # What is saved has to be more than this part of the product.
