@@ -113,7 +113,7 @@ def test_elements_are_profitable_where_skipping_zeros_is_faster(layer, shape, is
 def test_the_rule_knows_vectors_and_dtype(capability, dtype, is_faster, monkeypatch):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     layers = {
-        "1x1": (nn.Conv2d(256, 128, 1), (16, 256, 32, 32)),
+        "1x1": (nn.Conv2d(128, 128, 1), (16, 128, 32, 32)),
         "3x3": (nn.Conv2d(64, 64, 3, padding=1), (16, 64, 32, 32)),
     }
     for name, (layer, shape) in layers.items():
@@ -125,7 +125,7 @@ def test_the_rule_knows_vectors_and_dtype(capability, dtype, is_faster, monkeypa
 
 def test_a_dense_product_has_to_wait_for_its_prune(monkeypatch):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    layer, shape = nn.Conv2d(256, 128, 1), (16, 256, 32, 32)
+    layer, shape = nn.Conv2d(128, 128, 1), (16, 128, 32, 32)
     assert product(layer, shape).product == "sparse"
     assert not product(layer, shape, layers="profitable").pruned
 
