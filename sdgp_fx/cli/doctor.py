@@ -216,7 +216,7 @@ def find_plan(inner: str) -> Finding:
     elif torch.cuda.is_available():
         plan = "Inductor with Triton: gradients are pruned in the kernels that compute them"
     else:
-        plan = "Inductor with C++, as there is no GPU: loops of the CPU prune the gradients"
+        plan = "Inductor with C++, as there is no GPU: the operators' own C++ prunes the gradients"
     return Finding("will be used", plan)
 
 
