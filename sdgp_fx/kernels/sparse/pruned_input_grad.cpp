@@ -8,8 +8,8 @@
 //   weight     packed in slabs of one tap, out_block output channels and one block of input
 //              channels, which lie in the first-level cache while a block of positions uses them.
 //   result     a block of positions and a block of input channels at a time, summed in float32.
-//              One thread sums a value, in an order that depends on the layer's shape alone, so
-//              that the bits are the same for any number of threads.
+//              One thread sums a value, in an order that depends on the layer's shape and the
+//              gradient's layout alone, so that the bits are the same for any number of threads.
 //
 // The threads' parts are the same in every call, and where there are enough samples, a thread packs
 // those that it multiplies. What one core has written takes long to read by another one, most of
