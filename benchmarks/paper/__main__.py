@@ -80,6 +80,11 @@ EXPERIMENTS = {
         settings.PATTERNS,
         pictures.draw_accuracies,
     ),
+    "overview": Experiment(
+        "not in the paper: all functions at 2:4, the magnitudes up to 4:32, and whole channels",
+        settings.OVERVIEW,
+        pictures.draw_accuracies,
+    ),
     "race": Experiment(
         "Figure 10 as whole trainings: accuracy over time, of settings that take turns by epochs",
         settings.RACE,

@@ -27,6 +27,9 @@ from .scaled import scaled
 # Options of SDGPConfig that settings differ in.
 OPTIONS = ("n", "m", "prune", "rescale", "structure", "layers")
 
+# Of the environment; runs of a file may have been made on several days, by several machines.
+_MADE = ("device", "torch", "date", "commit")
+
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
@@ -132,7 +135,7 @@ def run(
             if setting != ready:
                 train_from, ready = make_trainer(setting, recipe, data, test), setting
             watch = epochs_of(f"{setting.name}, seed {seed}", recipe, begin)
-            report.add([make_row(setting, seed, train_from(seed, watch))])
+            add_runs(report, [make_row(setting, seed, train_from(seed, watch))])
     return report
 
 
@@ -226,6 +229,12 @@ def make_row(setting: Setting, seed: int, result: Run) -> Row:
         "accuracy": result.accuracies[-1],
         **dataclasses.asdict(result),
     }
+
+
+def add_runs(report: Report, rows: Sequence[Row]) -> None:
+    """Append rows and save; each says where and with what it was made, as others may differ."""
+    made = {name: report.environment[name] for name in _MADE}
+    report.add([{**row, **made} for row in rows])
 
 
 def runs_of(rows: Sequence[Row], setting: Setting) -> list[Row]:

@@ -26,7 +26,7 @@ from .experiment import (
 
 def draw_accuracies(rows: Sequence[Row], settings: Sequence[Setting], title: str) -> Figure:
     """Draw a line for each setting: accuracies, and seed by seed their differences from dense."""
-    figure, (left, right) = make_figure(2, title)
+    figure, (left, right) = make_figure(2, title, max(4.5, 1.5 + 0.27 * len(settings)))
     for place, setting in enumerate(settings):
         own = list(accuracies(rows, setting).values())
         _draw_seeds(left, place, own, setting.paper)
@@ -115,9 +115,9 @@ def by_epoch(rows: Sequence[Row], key: str) -> list[float]:
     return [mean(values) for values in zip(*(row[key] for row in rows), strict=True)]
 
 
-def make_figure(columns: int, title: str) -> tuple[Figure, Sequence[Axes]]:
-    """Make a figure with its title and so many axes beside each other."""
-    figure = Figure(figsize=(5.5 * columns + 2, 4.5), dpi=150, layout="constrained")
+def make_figure(columns: int, title: str, height: float = 4.5) -> tuple[Figure, Sequence[Axes]]:
+    """Make a figure, so many inches high, with its title and so many axes beside each other."""
+    figure = Figure(figsize=(5.5 * columns + 2, height), dpi=150, layout="constrained")
     entitle(figure, title)
     grid: Any = figure.subplots(1, columns, squeeze=False)[0]
     for axes in grid:

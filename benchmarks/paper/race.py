@@ -20,6 +20,7 @@ from ..harness.terminal import print_table, progress
 from .cifar10 import Images
 from .experiment import (
     Setting,
+    add_runs,
     facts_of,
     keep_environment,
     make_fast_trainer,
@@ -83,7 +84,7 @@ def run(
             for training in trainings:
                 next(training)
             pairs = zip(settings, runs, strict=True)
-            report.add([make_row(setting, seed, result) for setting, result in pairs])
+            add_runs(report, [make_row(setting, seed, result) for setting, result in pairs])
     return report
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from sdgp_fx import SDGPConfig
 
 from .experiment import Setting
@@ -117,6 +119,16 @@ PATTERNS = (
         )
         for n, m in ((1, 4), (2, 8))
     ),
+)
+
+# All functions at 2:4, the two magnitudes beyond it, and whole channels, as they are by default.
+OVERVIEW = (
+    DENSE,
+    *(dataclasses.replace(s, name=f"{s.name}, 2:4") for s in (TABLE1[1], BEYOND[3], TABLE1[2])),
+    *_MAGNITUDES[1:],
+    *(dataclasses.replace(s, name=f"{RESCALED}, {s.name}") for s in _RESCALED),
+    *(s for s in PATTERNS if s.dense_last),
+    *(s for s in CHANNELS if s.name in ("channels 2:4, magnitude", "channels 1:4, magnitude")),
 )
 
 RACE = (DENSE, *_MAGNITUDES, *_RESCALED, WHOLE_CHANNELS)

@@ -223,6 +223,17 @@ def test_runs_are_done_once(trained, tmp_path):
             run(settings, 2, other, images(10), images(10), path)
 
 
+def test_runs_say_where_they_were_made(trained, tmp_path, monkeypatch):
+    """What one machine has begun, another may go on with."""
+    for seeds, device in ((1, "one"), (2, "another")):
+        made = {"device": device, "torch": "2.14.1", "date": "today", "commit": None}
+        monkeypatch.setattr(experiment, "environment", lambda _, made=made: made)
+        arguments = (TINY, images(10), images(10), tmp_path / "runs.json")
+        rows = experiment.run(in_float32(TABLE1), seeds, *arguments).rows
+    assert [row["device"] for row in rows] == ["one"] * len(TABLE1) + ["another"] * len(TABLE1)
+    assert {row["torch"] for row in rows} == {"2.14.1"}
+
+
 def test_runs_are_shared_by_what_was_trained(trained, tmp_path):
     arguments = (TINY, images(10), images(10), tmp_path / "runs.json")
     experiment.run(in_float32(TABLE1), 1, *arguments)
