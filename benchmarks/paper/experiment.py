@@ -116,7 +116,8 @@ def run(
     deadline = monotonic() + 60 * minutes
     facts = facts_of(recipe, data, test)
     del facts["dtype"]  # Runs have their own.
-    report = resume("paper", facts, data.labels.device, path)
+    here = environment(data.labels.device)
+    report = resume("paper", facts, here, path)
     missing = [
         (setting, seed)
         for seed in range(seeds)
@@ -125,8 +126,6 @@ def run(
     ]
     if isinstance(recipe, FastRecipe):
         missing.sort(key=lambda pair: settings.index(pair[0]))
-    if not missing:
-        keep_environment(report)
     ready: Setting | None = None
     with progress(len(missing) * math.ceil(recipe.epochs), estimate=True) as begin:
         for setting, seed in missing:
@@ -135,7 +134,7 @@ def run(
             if setting != ready:
                 train_from, ready = make_trainer(setting, recipe, data, test), setting
             watch = epochs_of(f"{setting.name}, seed {seed}", recipe, begin)
-            add_runs(report, [make_row(setting, seed, train_from(seed, watch))])
+            add_rows(report, [make_row(setting, seed, train_from(seed, watch))], here)
     return report
 
 
@@ -175,13 +174,16 @@ def facts_of(recipe: Recipe | FastRecipe, data: Images, test: Images) -> dict[st
     return {**dataclasses.asdict(recipe), "images": len(data), "test_images": len(test)}
 
 
-def resume(name: str, facts: dict[str, Any], device: torch.device, path: Path | None) -> Report:
+def resume(name: str, facts: dict[str, Any], here: dict[str, Any], path: Path | None) -> Report:
     """Load the report of this name at path, to go on with, or make a new one.
+
+    Args:
+        here: The environment of a new one.
 
     Raises:
         ValueError: There is another one.
     """
-    report = Report(name, environment(device), facts, path)
+    report = Report(name, here, facts, path)
     if path is None or not path.exists():
         return report
     stored = json.loads(path.read_text())
@@ -193,14 +195,20 @@ def resume(name: str, facts: dict[str, Any], device: torch.device, path: Path | 
             f"--out: expected a new file, or one of {name} with {facts}, got {path}, which has "
             f"{stored['benchmark']} with {stored['settings']}"
         )
+    report.environment = stored["environment"]
     report.rows += [with_current_options(row) for row in stored["rows"]]
     return report
 
 
-def keep_environment(report: Report) -> None:
-    """Set where a report was made back to what its file says, as nothing will be added to it."""
-    if report.path is not None and report.path.exists():
-        report.environment = json.loads(report.path.read_text())["environment"]
+def add_rows(report: Report, rows: Sequence[Row], here: dict[str, Any]) -> None:
+    """Append rows and save; each says where and with what it was made, as others may differ.
+
+    Args:
+        here: The environment, as it was when what makes the rows was started.
+    """
+    report.environment = here
+    made = {name: here[name] for name in _MADE}
+    report.add([{**row, **made} for row in rows])
 
 
 def with_current_options(facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -229,12 +237,6 @@ def make_row(setting: Setting, seed: int, result: Run) -> Row:
         "accuracy": result.accuracies[-1],
         **dataclasses.asdict(result),
     }
-
-
-def add_runs(report: Report, rows: Sequence[Row]) -> None:
-    """Append rows and save; each says where and with what it was made, as others may differ."""
-    made = {name: report.environment[name] for name in _MADE}
-    report.add([{**row, **made} for row in rows])
 
 
 def runs_of(rows: Sequence[Row], setting: Setting) -> list[Row]:

@@ -13,10 +13,10 @@ from matplotlib.figure import Figure
 from torch import nn
 from torchvision.models import resnet18
 
-from ..harness.report import Report, Row
+from ..harness.report import Report, Row, environment
 from ..harness.terminal import print_table, progress
 from .cifar10 import LABEL_SMOOTHING, Images, Recipe, normalize, train
-from .experiment import Setting, epochs_of, facts_of, keep_environment, resume, runs_of
+from .experiment import Setting, add_rows, epochs_of, facts_of, resume, runs_of
 from .pictures import entitle
 from .signals import backward, convolutions
 
@@ -40,10 +40,10 @@ def run(
     Raises:
         ValueError: The file holds those of another recipe or other data.
     """
-    report = resume("paper fig4", facts_of(recipe, data, test), data.labels.device, path)
+    here = environment(data.labels.device)
+    report = resume("paper fig4", facts_of(recipe, data, test), here, path)
     missing = [setting for setting in settings if not runs_of(report.rows, setting)]
     if not missing:
-        keep_environment(report)
         return report
     images, labels = data.images[: recipe.batch], data.labels[: recipe.batch]
     with progress(recipe.epochs, estimate=True) as begin:
@@ -52,7 +52,7 @@ def run(
         def watch(done: int, network: nn.Module) -> None:
             show_epoch(done, network)
             if done == recipe.epochs:
-                report.add(maps(network, normalize(images), labels, missing))
+                add_rows(report, maps(network, normalize(images), labels, missing), here)
 
         compile = {"backend": recipe.compiler}
         train(recipe, compile, data, test, 0, watch, lambda width: small_resnet18())

@@ -15,14 +15,13 @@ from matplotlib.figure import Figure
 
 from sdgp_fx.measurement import timing
 
-from ..harness.report import Report, Row
+from ..harness.report import Report, Row, environment
 from ..harness.terminal import print_table, progress
 from .cifar10 import Images
 from .experiment import (
     Setting,
-    add_runs,
+    add_rows,
     facts_of,
-    keep_environment,
     make_fast_trainer,
     make_row,
     mean,
@@ -60,10 +59,10 @@ def run(
         raise ValueError(f"--epochs: expected more than 2 for race, got {recipe.epochs}")
     recipe = dataclasses.replace(recipe, curve=True)
     facts = {**facts_of(recipe, data, test), "compared": [setting.name for setting in settings]}
-    report = resume("paper race", facts, data.labels.device, path)
+    here = environment(data.labels.device)
+    report = resume("paper race", facts, here, path)
     missing = set(range(seeds)) - {row["seed"] for row in report.rows}
     if not missing:
-        keep_environment(report)
         return report
     torch.compiler.reset()
     trainers = [make_fast_trainer(setting, recipe, data, test) for setting in settings]
@@ -84,7 +83,7 @@ def run(
             for training in trainings:
                 next(training)
             pairs = zip(settings, runs, strict=True)
-            add_runs(report, [make_row(setting, seed, result) for setting, result in pairs])
+            add_rows(report, [make_row(setting, seed, result) for setting, result in pairs], here)
     return report
 
 

@@ -18,14 +18,14 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_input
 
-from ..harness.report import Report, Row
+from ..harness.report import Report, Row, environment
 from ..harness.terminal import print_table, progress
 from .cifar10 import Images, Recipe, Run, normalize
 from .experiment import (
     Setting,
+    add_rows,
     epochs_of,
     facts_of,
-    keep_environment,
     make_trainer,
     mean,
     resume,
@@ -67,17 +67,17 @@ def run(
     Raises:
         ValueError: The file holds those of another recipe or other data.
     """
-    report = resume("paper signal", facts_of(recipe, data, test), data.labels.device, path)
+    here = environment(data.labels.device)
+    report = resume("paper signal", facts_of(recipe, data, test), here, path)
     done = {row["seed"] for row in report.rows}
     missing = [seed for seed in range(seeds) if seed not in done]
     if not missing:
-        keep_environment(report)
         return report
     train_from = make_trainer(Setting("dense"), recipe, data, test)
     with progress(len(missing) * math.ceil(recipe.epochs), estimate=True) as begin:
         for seed in missing:
             rows = train_and_measure(settings, seed, recipe, data, train_from, begin)
-            report.add([{"seed": seed, **row} for row in rows])
+            add_rows(report, [{"seed": seed, **row} for row in rows], here)
     return report
 
 

@@ -25,10 +25,10 @@ from sdgp_fx.measurement.profile import (
 from sdgp_fx.measurement.workload import DTYPES, Workload
 
 from ..harness import command
-from ..harness.report import Report, caption
+from ..harness.report import Report, caption, environment
 from ..harness.terminal import print_table
 from . import pictures
-from .experiment import resume
+from .experiment import add_rows, resume
 
 # The input gradients' part of the time of all convolutions of ResNet-18, batch 256 (Fig. 9).
 PAPER_SHARE = 0.3317
@@ -98,17 +98,18 @@ def measure(workload: Workload, inner: str, name: str, seconds: float, path: Pat
     """
     facts = {**workload.facts(), "dtype": f"torch.{workload.dtype}", "inner": inner}
     facts["device"] = str(workload.device)
-    report = resume("times", facts, workload.device, path)
+    here = environment(workload.device)
+    report = resume("times", facts, here, path)
     have_layers, have_steps = (bool(part) for part in parts(report))
 
     def begin(what: str) -> None:
         print(what, file=sys.stderr, flush=True)
 
     if not have_layers:
-        report.add(measure_layers(workload, seconds, begin))
+        add_rows(report, measure_layers(workload, seconds, begin), here)
     if name == "fig10" and not have_steps:
         steps = measure_steps(workload, inner, PATTERNS, 20 * seconds, begin)
-        report.add([{"step": step, **row} for step, row in steps.items()])
+        add_rows(report, [{"step": step, **row} for step, row in steps.items()], here)
     return report
 
 

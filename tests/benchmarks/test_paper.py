@@ -229,9 +229,14 @@ def test_runs_say_where_they_were_made(trained, tmp_path, monkeypatch):
         made = {"device": device, "torch": "2.14.1", "date": "today", "commit": None}
         monkeypatch.setattr(experiment, "environment", lambda _, made=made: made)
         arguments = (TINY, images(10), images(10), tmp_path / "runs.json")
-        rows = experiment.run(in_float32(TABLE1), seeds, *arguments).rows
+        report = experiment.run(in_float32(TABLE1), seeds, *arguments)
+        assert report.environment == made
+    rows = report.rows
     assert [row["device"] for row in rows] == ["one"] * len(TABLE1) + ["another"] * len(TABLE1)
     assert {row["torch"] for row in rows} == {"2.14.1"}
+    monkeypatch.setattr(experiment, "environment", lambda _: {})
+    assert experiment.run(in_float32(TABLE1), 2, *arguments).environment == made
+    assert experiment.run(in_float32(FIG8), 2, *arguments, minutes=-1).environment == made
 
 
 def test_runs_are_shared_by_what_was_trained(trained, tmp_path):
@@ -428,7 +433,7 @@ def test_runs_in_the_repository_are_of_these_settings():
     """The stored runs are found, under former names of options too."""
     path = Path(__file__).parents[2] / "benchmarks" / "results" / "paper" / "runs.json"
     stored = json.loads(path.read_text())
-    report = experiment.resume("paper", stored["settings"], torch.device("cpu"), path)
+    report = experiment.resume("paper", stored["settings"], {}, path)
     for setting in in_float32((*TABLE1, *BEYOND, *CHANNELS)):
         assert len(experiment.runs_of(report.rows, setting)) == 3
     assert len(report.rows) == len(stored["rows"])
@@ -441,7 +446,7 @@ def test_older_files_of_the_fast_recipe_have_its_rate_of_biases():
     for scale, matches in ((64, True), (1.0, False)):
         refused = pytest.raises(ValueError, match="expected a new file")
         with contextlib.nullcontext() if matches else refused:
-            experiment.resume("paper", {**facts, "bias_scale": scale}, torch.device("cpu"), path)
+            experiment.resume("paper", {**facts, "bias_scale": scale}, {}, path)
 
 
 @pytest.mark.parametrize(
