@@ -25,7 +25,8 @@ from .experiment import (
 
 
 def draw_accuracies(rows: Sequence[Row], settings: Sequence[Setting], title: str) -> Figure:
-    """Draw a line for each setting: accuracies, and seed by seed their differences from dense."""
+    """Draw a line for each setting with runs: accuracies, and their differences from dense."""
+    settings = [setting for setting in settings if runs_of(rows, setting)]
     figure, (left, right) = make_figure(2, title, max(4.5, 1.5 + 0.27 * len(settings)))
     for place, setting in enumerate(settings):
         own = list(accuracies(rows, setting).values())

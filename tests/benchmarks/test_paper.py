@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks.harness import terminal
-from benchmarks.paper import cifar10, experiment, maps, signals
+from benchmarks.paper import cifar10, experiment, maps, pictures, signals
 from benchmarks.paper.__main__ import EXPERIMENTS, main
 from benchmarks.paper.cifar10 import Draw, Images, Recipe, Run
 from benchmarks.paper.experiment import Setting
@@ -268,6 +268,13 @@ def test_differences_are_taken_seed_by_seed(trained, capsys):
     *_, line = capsys.readouterr().out.splitlines()
     columns = ["other", "3", "51.00", "1.00", "-0.10", "±", "0.00", "0.00", "-", "95.2", "-"]
     assert line.split() == columns
+
+
+def test_a_picture_leaves_settings_without_runs(trained):
+    settings = in_float32(TABLE1)
+    rows = experiment.run(settings[:2], 1, TINY, images(10), images(10), None).rows
+    left, _ = pictures.draw_accuracies(rows, settings, "title").axes
+    assert [label.get_text() for label in left.get_yticklabels()] == ["dense", "random"]
 
 
 def test_measures_by_hand():
